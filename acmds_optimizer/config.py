@@ -1,0 +1,295 @@
+"""Every setting of the trainer, once: its default, unit, range and reason.
+
+The two dataclasses are the single source of the command-line flags, of the keys a configuration file may hold, and of
+what `acmds-tune` may search. A field exists only if code reads it. The docstring under a field is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from acmds_optimizer.errors import ConfigError
+
+GIB = 1024**3
+"""Bytes in what this project, like CUDA's tools, calls a GB."""
+
+PositiveInt = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True, allow_inf_nan=False)
+
+
+@dataclass(config=_STRICT)
+class CurriculumConfig:
+    """What the memory controller, the curriculum and the step need to know. GB are 2**30 bytes."""
+
+    # --- memory: what to hold, and within which bounds
+    target_headroom_gb: Annotated[float, Ge(0.0)] = 3.0
+    """GB to keep free of what this process may hold. Larger: smaller micro-batches, more room for neighbours."""
+
+    memory_limit_gb: Annotated[float, Gt(0.0)] | None = None
+    """GB this process may hold at most; none: all that is free (on the CPU: 24)."""
+
+    min_batch_size: PositiveInt = 4
+    """Smallest micro-batch, in samples, that the controller chooses; only recovery from an out-of-memory error goes below."""
+
+    max_batch_size: PositiveInt = 64
+    """Largest micro-batch, in samples. Larger: more throughput up to the knee, more memory."""
+
+    effective_batch_size: PositiveInt | None = None
+    """Samples an optimizer step with batch_policy hold; none: max_batch_size."""
+
+    batch_policy: Literal["hold", "free"] = "hold"
+    """hold: gradient accumulation keeps the effective batch; free: the effective batch is the micro-batch and moves."""
+
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Learning-rate rule for batch_policy free: lr times (batch / max_batch_size) to the power 0, 1 or 1/2."""
+
+    knee_gain_fraction: Fraction = 0.03
+    """Growth stops where the next micro-batch is predicted to add less throughput than this share; 0: memory alone decides."""
+
+    max_oom_retries: PositiveInt = 6
+    """How often one step may be repeated smaller after an out-of-memory error before the run gives up with an error."""
+
+    gc_threshold_gb: Annotated[float, Ge(0.0)] = 2.0
+    """Below this many free GB (never more than the headroom) cached blocks are released at a step boundary."""
+
+    # --- memory: the PID that trims the feed-forward model
+    pid_kp: Annotated[float, Ge(0.0), Le(10.0)] = 0.15
+    """Proportional gain on the dimensionless headroom error."""
+
+    pid_ki: Annotated[float, Ge(0.0), Le(10.0)] = 0.02
+    """Integral gain, per step."""
+
+    pid_kd: Annotated[float, Ge(0.0), Le(10.0)] = 0.08
+    """Derivative gain, per step."""
+
+    pressure_smoothing: Annotated[float, Ge(0.0), Lt(1.0)] = 0.9
+    """Share of the old value in the moving average of the error that growth is judged by; shrinking uses the raw error."""
+
+    # --- curriculum
+    direction: Literal["none", "easy", "hard", "random"] = "none"
+    """Which samples come first: none is plain shuffling; random is the control arm with the same paced sample counts."""
+
+    pacing: Literal["none", "linear", "root", "quadratic", "exponential", "logarithmic", "step"] = "linear"
+    """How the admitted share of the samples grows with progress; used unless direction is none."""
+
+    start_fraction: Annotated[float, Gt(0.0), Le(1.0)] = 0.5
+    """Share of the samples admitted at the start."""
+
+    pacing_end_fraction: Annotated[float, Gt(0.0), Le(1.0)] = 0.7
+    """Share of the training after which every sample is admitted."""
+
+    coverage_epochs: PositiveInt = 3
+    """A sample that is not admitted is still seen once in this many epochs, with this weight."""
+
+    curriculum_alpha: Annotated[float, Gt(0.0), Le(1.0)] = 0.05
+    """Share of the new loss in a sample's moving average. Larger: scores follow the model faster, and are noisier."""
+
+    difficulty_window: PositiveInt = 1000
+    """Most recent samples over which the logged mean difficulty is taken."""
+
+    # --- speed
+    enable_amp: bool = True
+    """Mixed precision: fp16 or bf16 on CUDA; bf16 on a CPU that computes in it, else float32 with a warning."""
+
+    amp_dtype: Literal["auto", "bf16", "fp16"] = "auto"
+    """Precision under enable_amp; auto: bf16 where the GPU has it, else fp16."""
+
+    enable_tf32: bool = True
+    """TF32 for float32 matrix products and convolutions on Ampere and later."""
+
+    channels_last: bool = True
+    """Store images and convolution weights as NHWC on CUDA, which tensor cores prefer."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: about a third more time for much less memory."""
+
+    enable_cuda_graphs: bool = False
+    """Replay forward and backward as one CUDA graph for each micro-batch size."""
+
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Seed of the weights, the order of the samples, augmentation and dropout."""
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> CurriculumConfig:
+        if self.min_batch_size > self.max_batch_size:
+            raise ValueError(f"min_batch_size {self.min_batch_size} is above max_batch_size {self.max_batch_size}")
+        return self
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of one optimizer step under batch_policy hold."""
+        return self.effective_batch_size or self.max_batch_size
+
+
+@dataclass(config=_STRICT)
+class TrainConfig(CurriculumConfig):
+    """One training run: CurriculumConfig plus the model, the data, the optimizer and the outputs."""
+
+    # --- what is trained on what
+    model: str = "resnet50"
+    """`small_cnn`, a torchvision classification model, or `package.module:callable` called with num_classes."""
+
+    dataset: str = "cifar10"
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, or `package.module:callable` returning (train, val)."""
+
+    data_dir: str = "data"
+    """Where downloaded data sets are kept, and where `imagenet` looks for train/ and val/."""
+
+    num_classes: PositiveInt | None = None
+    """Classes; none: inferred from the data. Checked against the data where both are known."""
+
+    val_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.1
+    """Share of the samples held out for validation where the data has no validation split of its own."""
+
+    image_size: Annotated[int, Ge(4)] | None = None
+    """Height and width of an input in pixels; none: as stored for small images of one size, else 224."""
+
+    augment: bool = True
+    """Random crops and horizontal flips in training (no flips for digits)."""
+
+    num_workers: Annotated[int, Ge(0)] | None = None
+    """Processes that decode images; none: up to 8, one fewer than there are cores. Not used for data held on the device."""
+
+    # --- how
+    device: str = "cuda"
+    """`cuda`, `cuda:N` or `cpu`."""
+
+    epochs: PositiveInt = 10
+    """Passes over the data."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps; the schedules are compressed to fit."""
+
+    max_seconds: Annotated[float, Gt(0.0)] | None = None
+    """Stop after this many seconds of training, at a step boundary."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum 0.9."""
+
+    lr: Annotated[float, Gt(0.0)] = 1e-3
+    """Peak learning rate."""
+
+    weight_decay: Annotated[float, Ge(0.0)] = 0.05
+    """Decoupled for AdamW, L2 for SGD."""
+
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """Runs on samples seen, so that a moving batch does not change it."""
+
+    warmup_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.05
+    """Share of the training over which the learning rate rises linearly."""
+
+    # --- what is kept
+    output_dir: str = "runs/latest"
+    """Folder for checkpoints, the resolved configuration, the environment and the step records."""
+
+    checkpoint_every: Annotated[int, Ge(0)] = 1
+    """Epochs between checkpoints; 0: none."""
+
+
+Config = TypeVar("Config", bound=CurriculumConfig)
+
+
+def field_names(config_type: type[CurriculumConfig] = TrainConfig) -> list[str]:
+    """Names of all settings of `config_type`, in their order of declaration."""
+    return [field.name for field in dataclasses.fields(config_type)]
+
+
+def field_help(config_type: type[CurriculumConfig] = TrainConfig) -> dict[str, str]:
+    """The text under each field, by name."""
+    texts = {}
+    for owner in reversed(config_type.__mro__):  # pydantic keeps a field's text only on the class that declares it
+        for name, field in getattr(owner, "__pydantic_fields__", {}).items():
+            if field.description:
+                texts[name] = field.description.replace("\n", " ")
+    return texts
+
+
+def to_dict(config: CurriculumConfig) -> dict[str, Any]:
+    """All settings as plain values, as written to JSON."""
+    return dataclasses.asdict(config)
+
+
+def nearest(key: str, valid: list[str]) -> str:
+    """` (did you mean 'x'?)` for the closest valid key, or nothing."""
+    matches = difflib.get_close_matches(key.replace("-", "_"), valid, n=1)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def build(config_type: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """Check `values` and make a configuration from them.
+
+    Args:
+        config_type: CurriculumConfig or TrainConfig.
+        values: settings by name; strings are converted where they read as the field's type.
+        source: where they come from, for the message (a file's path, or "command line").
+
+    Raises:
+        ConfigError: listing every problem at once, each with its key, value and what is allowed.
+    """
+    try:
+        return TypeAdapter(config_type).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(source, describe(error, field_names(config_type))) from None
+
+
+def describe(error: ValidationError, valid_keys: list[str]) -> list[str]:
+    """One line for each problem pydantic found: dotted key, value, what is allowed, nearest valid key."""
+    problems = []
+    for item in error.errors(include_url=False):
+        # a union reports one error a member, with the member's name in the location; the key is what the user typed
+        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "function-")))
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            problems.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), valid_keys)}")
+        elif key:
+            problems.append(f"{key}: {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+        else:
+            problems.append(item["msg"].removeprefix("Value error, "))
+    return problems
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file. Keys may be written with dashes. A `best.json` of acmds-tune is read as it is.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON or YAML, or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), [f"is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]) from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), [f"must hold keys and values, but holds a {type(values).__name__}"])
+    if "acmds_study" in values:  # best.json: where the settings come from, beside the settings
+        values = values.get("config", {})
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def load(
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None, config_type: type[Config] = TrainConfig  # type: ignore[assignment]
+) -> Config:
+    """Defaults, overridden by the file at `path`, overridden by `overrides` (the explicit flags).
+
+    Raises:
+        ConfigError: listing every problem at once.
+    """
+    values = read_file(path) if path else {}
+    return build(config_type, {**values, **(overrides or {})}, str(path or "command line"))

@@ -1,0 +1,40 @@
+"""What can go wrong for a user of ACMDS, with the exit code that the command lines give it."""
+
+from __future__ import annotations
+
+
+class ACMDSError(Exception):
+    """Root of all errors meant for users. `exit_code` is 2 for wrong usage and 1 for a failed run."""
+
+    exit_code = 1
+
+
+class ConfigError(ACMDSError):
+    """Settings that cannot be used. Lists every problem at once."""
+
+    exit_code = 2
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.source = source
+        self.problems = problems
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        super().__init__(f"{source}: {len(problems)} problem{'s' if len(problems) != 1 else ''}\n{lines}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
+        return type(self), (self.source, self.problems)
+
+
+class DataError(ACMDSError):
+    """Data or a model that cannot be used as asked."""
+
+    exit_code = 2
+
+
+class CheckpointError(ACMDSError):
+    """A file that is not a whole checkpoint of this project."""
+
+    exit_code = 2
+
+
+class OutOfMemoryForGoodError(ACMDSError):
+    """A step did not fit even at micro-batch 1, or not within the allowed tries. Says what to change."""
