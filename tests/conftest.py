@@ -1,0 +1,22 @@
+"""What all tests share: the `gpu` marker, and no more threads than the smallest machine we test on has cores."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before anything imports torch, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # only here: a run of tests without torch starts at once
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
