@@ -1,0 +1,1 @@
+"""acmds-tune: searches the settings of the trainer with Ray Tune and Optuna, and reports what it found."""

@@ -1,0 +1,304 @@
+"""From a study's journal to what people read: trials.csv, events.csv, best.json and report.html.
+
+Everything here is made again from the study directory alone, at any time, also while the search runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acmds_optimizer.errors import ConfigError
+from acmds_tune.columns import CONFIG_PREFIX, EVENT_COLUMNS, FIGURES, STATUSES, Column, trial_columns
+from acmds_tune.records import DONE, Objective, StudyRecord, TrialRecord, choose_best, why_no_best
+
+if TYPE_CHECKING:
+    import optuna
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "journal.log"
+FEWEST_TRIALS_FOR_IMPORTANCES = 10
+"""Below this the best tenth of the trials is a single trial, and importances say nothing."""
+
+
+# --- reading
+
+
+def trial_dir(study_dir: str | Path, number: int) -> Path:
+    """The folder of one trial."""
+    return Path(study_dir) / "trials" / f"{number:04d}"
+
+
+def load_study(study_dir: str | Path) -> StudyRecord:
+    """The study as its journal has it, trials that run or failed included.
+
+    Raises:
+        ConfigError: there is no journal in `study_dir`, or it holds no study.
+    """
+    return _record(_open(study_dir), Path(study_dir))
+
+
+def load_trials(study_dir: str | Path) -> list[TrialRecord]:
+    """Every trial that was started, in the order of the starts. Raises as `load_study`."""
+    return list(load_study(study_dir).trials)
+
+
+def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
+    """Share of each searched setting in what sets the best tenth of the trials apart, for each objective.
+
+    PED-ANOVA (Watanabe et al. 2023) over the trials that ran to their end; empty for fewer than
+    FEWEST_TRIALS_FOR_IMPORTANCES of them. The shares of one objective add up to 1, or are all 0.
+    """
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    whole = _open(study_dir)
+    study = _record(whole, Path(study_dir))
+    done = {trial.number for trial in study.trials if trial.status in DONE and trial.values is not None}
+    if len(done) < FEWEST_TRIALS_FOR_IMPORTANCES:
+        return {}
+    trials = [trial for trial in whole.get_trials(deepcopy=False) if trial.number in done]
+    shares = {}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        for position, objective in enumerate(study.objectives):
+            # one objective each, so that the evaluator knows its direction
+            single = optuna.create_study(direction=objective.direction)
+            single.add_trials([_with_value(trial, position) for trial in trials])
+            shares[objective.name] = get_param_importances(single, evaluator=PedAnovaImportanceEvaluator())
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    return shares
+
+
+def _with_value(trial: optuna.trial.FrozenTrial, position: int) -> optuna.trial.FrozenTrial:
+    import optuna
+
+    return optuna.trial.create_trial(
+        params=trial.params, distributions=trial.distributions, value=trial.values[position]
+    )
+
+
+def _open(study_dir: str | Path) -> optuna.Study:
+    journal = Path(study_dir) / JOURNAL
+    if not journal.is_file():  # Optuna would make an empty one
+        raise ConfigError(str(study_dir), [f"is not the folder of a study: it has no {JOURNAL}"])
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    names = optuna.get_all_study_names(storage)
+    if not names:
+        raise ConfigError(str(journal), ["holds no study"])
+    return optuna.load_study(study_name=names[0], storage=storage)
+
+
+def _record(study: optuna.Study, study_dir: Path) -> StudyRecord:
+    import optuna
+
+    about = study.user_attrs.get("acmds", {})
+    directions = [direction.name.lower() for direction in study.directions]
+    declared = about.get("objectives") or [
+        {"name": f"objective_{position}", "direction": direction} for position, direction in enumerate(directions)
+    ]
+    started = [t for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.WAITING]
+    searched = about.get("parameters") or list(dict.fromkeys(name for trial in started for name in trial.params))
+    return StudyRecord(
+        name=about.get("name") or study_dir.resolve().name,
+        objectives=tuple(Objective(item["name"], item["direction"]) for item in declared),
+        constraints=tuple(about.get("constraints", ())),
+        searched=tuple(searched),
+        trials=tuple(_trial(trial, study_dir) for trial in started),
+        created=about.get("created", ""),
+        yaml=about.get("yaml", ""),
+    )
+
+
+def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
+    attrs = trial.user_attrs
+    status = attrs.get("status")
+    if not trial.state.is_finished():
+        status, reason = "running", "has not ended yet"
+    elif status not in STATUSES:  # ended without its outcome: only when the search itself was killed
+        status = {"PRUNED": "stopped", "COMPLETE": "ok"}.get(trial.state.name, "crashed")
+        reason = "finished" if status == "ok" else "ended without an outcome"
+    else:
+        reason = " ".join(str(attrs.get("reason") or "").split()) or (
+            "finished" if status == "ok" else "no reason given"
+        )
+    figures = {column.name: _number(attrs.get(column.name)) for column in FIGURES}
+    if status == "oom":
+        figures["oom_events"] = max(1.0, figures["oom_events"] or 0.0)
+    violations = tuple(float(value) for value in attrs.get("constraints", ()))
+    if status == "ok" and any(value > 0 for value in violations):
+        status, reason = "infeasible", "broke a constraint"
+    seed = attrs.get("seed")
+    config = attrs.get("config") or _json(trial_dir(study_dir, trial.number) / "config.json") or trial.params
+    seconds = _number(attrs.get("seconds"))
+    if seconds is None and trial.duration is not None:
+        seconds = trial.duration.total_seconds()
+    values = tuple(trial.values) if trial.state.is_finished() and trial.values is not None else None
+    return TrialRecord(
+        trial.number,
+        status,
+        reason,
+        violations,
+        config,
+        figures,
+        values,
+        seconds,
+        seed if seed is not None else config.get("seed"),
+    )
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a float; None for what is not a number, NaN included."""
+    if isinstance(value, (int, float)) and not math.isnan(value):
+        return float(value)
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# --- writing
+
+
+def write_tables(study_dir: str | Path, study: StudyRecord | None = None) -> None:
+    """Write trials.csv and events.csv anew. Cheap enough to be called after each trial."""
+    study_dir = Path(study_dir)
+    study = study or load_study(study_dir)
+    header = trial_columns(study.searched)
+    write_atomically(study_dir / "trials.csv", _csv(header, (_row(trial, study) for trial in study.trials)))
+    events = (event for trial in study.trials for event in read_events(study_dir, trial.number))
+    write_atomically(study_dir / "events.csv", _csv([column.name for column in EVENT_COLUMNS], events))
+
+
+def write_best(study_dir: str | Path, study: StudyRecord | None = None) -> TrialRecord | None:
+    """Write best.json and return the best trial. Where no trial is feasible: write nothing, warn why, return None."""
+    study_dir = Path(study_dir)
+    study = study or load_study(study_dir)
+    best = choose_best(study)
+    if best is None:
+        logger.warning("no best.json: %s", why_no_best(study))
+        return None
+    assert best.values is not None
+    objectives = {
+        objective.name: {"direction": objective.direction, "value": value}
+        for objective, value in zip(study.objectives, best.values, strict=True)
+    }
+    content = {
+        "acmds_study": {
+            "study": study.name,
+            "trial": best.number,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "objectives": objectives,
+            "figures": {column.name: _figure(column, best.figures.get(column.name)) for column in FIGURES},
+            "versions": read_environment(study_dir).get("versions", {}),
+        },
+        "config": dict(best.config),
+    }
+    write_atomically(study_dir / "best.json", json.dumps(content, indent=2) + "\n")
+    return best
+
+
+def write_html(study_dir: str | Path, study: StudyRecord | None = None) -> Path:
+    """Write report.html and return its path."""
+    from acmds_tune.report_html import page  # imports plotly
+
+    study_dir = Path(study_dir)
+    study = study or load_study(study_dir)
+    path = study_dir / "report.html"
+    write_atomically(path, page(study, study_dir, read_environment(study_dir), importances(study_dir)))
+    return path
+
+
+def write_all(study_dir: str | Path) -> TrialRecord | None:
+    """Write trials.csv, events.csv, best.json and report.html; return the best trial, or None."""
+    study = load_study(study_dir)
+    write_tables(study_dir, study)
+    best = write_best(study_dir, study)
+    write_html(study_dir, study)
+    return best
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` beside `path` and move it there, so that a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_environment(study_dir: str | Path) -> dict[str, Any]:
+    """What environment.json says; empty where there is none."""
+    return _json(Path(study_dir) / "environment.json")
+
+
+def read_events(study_dir: str | Path, number: int) -> list[dict[str, Any]]:
+    """The events of one trial with its number, in the columns of EVENT_COLUMNS; none where the trial wrote no file."""
+    try:
+        text = (trial_dir(study_dir, number) / "events.csv").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    events = []
+    for row in csv.DictReader(io.StringIO(text)):
+        if None in row.values():  # a last line cut off by the death of the trial
+            continue
+        events.append({"trial": number, **{c.name: _event_cell(c, row) for c in EVENT_COLUMNS if c.name != "trial"}})
+    return events
+
+
+def _event_cell(column: Column, row: Mapping[str, str]) -> Any:
+    text = row.get(column.name) or ""
+    if column.dtype == "int":
+        return int(float(text)) if text else 0
+    if column.dtype == "bool":  # what is not an out-of-memory error does not end a run
+        return text.lower() in ("true", "1") if text else row.get("kind") != "out_of_memory"
+    return text
+
+
+def _row(trial: TrialRecord, study: StudyRecord) -> dict[str, Any]:
+    return {
+        "trial": trial.number,
+        "status": trial.status,
+        "reason": trial.reason,
+        "feasible": trial.feasible,
+        **{CONFIG_PREFIX + name: trial.config.get(name) for name in study.searched},
+        **{column.name: _figure(column, trial.figures.get(column.name)) for column in FIGURES},
+        "seconds": trial.seconds,
+        "seed": -1 if trial.seed is None else trial.seed,
+    }
+
+
+def _figure(column: Column, value: float | None) -> float | int | None:
+    return int(value or 0) if column.dtype == "int" else value
+
+
+def _csv(header: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
