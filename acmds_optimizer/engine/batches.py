@@ -1,0 +1,133 @@
+"""What the loop asks of its data: batches of any size, cut from an epoch's order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on the device.
+
+    Attributes:
+        inputs: (n, C, H, W) float32, normalised (float data: (n, ...) as it came).
+        targets: (n,) int64 class numbers.
+        indices: (n,) int64, which samples of the data set.
+        weights: (n,) float32, how much each counts in the loss.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Samples start to stop, as views."""
+        return Batch(
+            self.inputs[start:stop], self.targets[start:stop], self.indices[start:stop], self.weights[start:stop]
+        )
+
+
+class EpochStream(ABC):
+    """One epoch's samples, in order. Usable as a context manager.
+
+    Attributes:
+        order: (m,) int64, the whole epoch's data set indices, on the device.
+        weights: (m,) float32, on the device.
+        position: samples taken so far, those before `start` included.
+    """
+
+    def __init__(self, order: np.ndarray, weights: np.ndarray | None, start: int, device: torch.device) -> None:
+        if not 0 <= start <= len(order):
+            raise ValueError(f"start {start} lies outside the epoch's {len(order)} samples")
+        if weights is not None and len(weights) != len(order):
+            raise ValueError(f"{len(weights)} weights for {len(order)} samples")
+        self.order = torch.from_numpy(np.ascontiguousarray(order, dtype=np.int64)).to(device, copy=True)
+        if weights is None:
+            self.weights = torch.ones(len(order), device=device)
+        else:
+            self.weights = torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32)).to(device, copy=True)
+        self.position = start
+
+    @property
+    def remaining(self) -> int:
+        """Samples not yet taken."""
+        return len(self.order) - self.position
+
+    def take(self, count: int) -> Batch:
+        """The next min(count, remaining) samples, exactly in order; none are skipped if this raises.
+
+        The samples do not depend on how earlier calls cut the epoch.
+
+        Raises:
+            DataError: a sample cannot be read.
+            ValueError: count is negative.
+        """
+        if count < 0:
+            raise ValueError(f"cannot take {count} samples")
+        stop = self.position + min(count, self.remaining)
+        inputs, targets = self._build(self.position, stop)
+        batch = Batch(inputs, targets, self.order[self.position : stop], self.weights[self.position : stop])
+        self.position = stop
+        return batch
+
+    @abstractmethod
+    def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of positions start to stop. Called again with the same start if it raised."""
+
+    def close(self) -> None:  # noqa: B027  # most streams hold nothing; those that do override it
+        """Stop reading ahead. The stream cannot be used afterwards."""
+
+    def __enter__(self) -> EpochStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class DataSource(ABC):
+    """A data set that can be streamed in any order.
+
+    Attributes:
+        targets: (n,) int64 labels where they are known without reading the images, else None.
+    """
+
+    targets: np.ndarray | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def stream(
+        self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False
+    ) -> EpochStream:
+        """The samples of one epoch.
+
+        Args:
+            order: (m,) int64 indices into the data set, in the order to be fed; repeats are allowed.
+            weights: (m,) float32, or None for ones.
+            epoch: with the seed and the position in `order`, decides the augmentation.
+            start: position to begin at, as if the samples before it had been taken.
+            augment: random crops and flips, where the source was made for training and the configuration asks for them.
+
+        Raises:
+            ValueError: an index or `start` lies outside, or the lengths differ.
+        """
+
+    def close(self) -> None:  # noqa: B027  # only sources with worker processes override it
+        """Free what the source holds beside memory (worker processes). Open streams end."""
+
+    def _check(self, order: np.ndarray) -> None:
+        if len(order) and not (0 <= int(order.min()) and int(order.max()) < len(self)):
+            raise ValueError(f"the order names samples outside the data set's {len(self)}")

@@ -1,0 +1,76 @@
+"""Which data stays on the device and which is loaded by workers; the one door to both."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig
+from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
+from acmds_optimizer.engine.images import InputSpec
+from acmds_optimizer.engine.resident import ResidentSource
+from acmds_optimizer.engine.workers import WorkerSource, decode_all, resolve_workers
+from acmds_optimizer.zoo.datasets import DataBundle, describe
+from acmds_optimizer.zoo.items import in_memory, is_fixed, length
+
+logger = logging.getLogger(__name__)
+
+RESIDENT_LIMIT_BYTES = 2 * GIB
+SLOW_DECODE_S = 1.0
+
+
+def make_source(
+    dataset: Dataset[Any],
+    bundle: DataBundle | None,
+    config: CurriculumConfig,
+    device: torch.device | str,
+    *,
+    train: bool,
+    resident_limit_bytes: int = RESIDENT_LIMIT_BYTES,
+) -> DataSource:
+    """The source that suits `dataset`.
+
+    Small images (at most 64 px) and float tensors that are known to be the same each time, and that fit
+    `resident_limit_bytes`, stay on `device`; image files are decoded once, by workers. All else is loaded by workers
+    while training: large images, and data sets whose items may differ from one reading to the next.
+
+    Args:
+        dataset: map-style data set of (image, label), as a rule `bundle.train` or `bundle.val`.
+        bundle: how its images become inputs; None: items at their stored size, without augmentation (see `describe`).
+        config: `seed`, and of a TrainConfig `augment` and `num_workers`.
+        device: where batches are wanted.
+        train: whether streams may augment; the configuration may still forbid it.
+        resident_limit_bytes: largest data set, in prepared bytes, that is kept on the device.
+
+    Raises:
+        DataError: the data set is empty, or holds items that are no (image, label).
+    """
+    device = torch.device(device)
+    if bundle is None:
+        bundle = describe(dataset)
+    spec = InputSpec(
+        bundle.image_shape, bundle.mean, bundle.std, bundle.flip, bundle.crop, bundle.is_float, bundle.num_classes,
+        config.seed,
+    )  # fmt: skip  # in the order of the fields
+    settings = config if isinstance(config, TrainConfig) else TrainConfig()
+    augment = train and settings.augment
+    workers = resolve_workers(settings.num_workers)
+    count = length(dataset)
+    if spec.crop == "resized" or not is_fixed(dataset) or count * spec.item_bytes > resident_limit_bytes:
+        return WorkerSource(dataset, spec, device, augment, workers)
+    stored = in_memory(dataset)
+    if stored is not None and tuple(stored.images.shape[1:]) == spec.shape:
+        return ResidentSource(stored.images, stored.targets, spec, device, augment)
+    began = time.monotonic()
+    images, targets = decode_all(dataset, spec, workers)
+    took = time.monotonic() - began
+    level = logging.INFO if took >= SLOW_DECODE_S else logging.DEBUG
+    logger.log(level, "decoded %d images of %s in %.1f s; they stay on %s", count, spec.shape, took, device)
+    return ResidentSource(images, targets, spec, device, augment)
+
+
+__all__ = ["Batch", "DataSource", "EpochStream", "ResidentSource", "WorkerSource", "make_source"]

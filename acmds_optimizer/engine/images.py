@@ -1,0 +1,206 @@
+"""From a stored image to a model input: which part is cut out, random shifts and flips, normalisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from acmds_optimizer.errors import DataError
+
+VALIDATION_RATIO = 224 / 256
+"""Share of the shorter side that validation keeps of large images: resize to 256, cut out 224."""
+
+MIN_AREA, MAX_AREA, MAX_ASPECT = 0.08, 1.0, 4 / 3
+"""RandomResizedCrop's share of the area and largest ratio of the sides, as in torchvision."""
+
+Box = tuple[float, float, float, float]
+"""left, top, width, height in pixels of the stored image."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How items become inputs. The fields mean what they mean in `DataBundle`; `num_classes` may be unknown."""
+
+    shape: tuple[int, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    flip: bool
+    crop: Literal["none", "pad", "resized"]
+    is_float: bool
+    num_classes: int | None
+    seed: int
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Largest shift (rows, columns) of a `pad` crop: an eighth of the size."""
+        return self.shape[1] // 8, self.shape[2] // 8
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one prepared item."""
+        return math.prod(self.shape) * (4 if self.is_float else 1)
+
+
+class Normaliser:
+    """uint8 (n, C, H, W) to float32 (image / 255 - mean) / std, on the device. Floats are passed through."""
+
+    def __init__(self, spec: InputSpec, device: torch.device) -> None:
+        self._identity = spec.is_float
+        if spec.is_float:
+            return
+        if spec.mean is None or spec.std is None:
+            self._scale, self._shift = torch.tensor(1 / 255, device=device), torch.tensor(0.0, device=device)
+        else:
+            mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+            self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
+            self._shift = (-mean / std).view(-1, 1, 1).to(device)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images if self._identity else images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """The random shifts and flips of `pad` crops for a whole epoch, by position in its order.
+
+    rows, columns: (m,) int16 on the device, in [0, 2 * padding]; flips: (m,) bool.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    flips: Tensor
+    padding: tuple[int, int]
+
+    @classmethod
+    def draw(cls, count: int, epoch: int, spec: InputSpec, device: torch.device) -> Shifts:
+        """The same for the same (count, epoch, seed), on every device."""
+        generator = torch.Generator().manual_seed(_mix(spec.seed, epoch))
+        pad_rows, pad_columns = spec.padding
+        rows = torch.randint(0, 2 * pad_rows + 1, (count,), generator=generator, dtype=torch.int16)
+        columns = torch.randint(0, 2 * pad_columns + 1, (count,), generator=generator, dtype=torch.int16)
+        flips = torch.rand(count, generator=generator) < (0.5 if spec.flip else 0.0)
+        return cls(rows.to(device), columns.to(device), flips.to(device), spec.padding)
+
+    def cut(self, images: Tensor, chosen: Tensor, start: int, stop: int) -> Tensor:
+        """Shifted and flipped `images[chosen]`, as the samples at positions start to stop.
+
+        Equal to padding with black, RandomCrop at (row, column), then a horizontal flip, in one gather.
+
+        Args:
+            images: (n, C, H, W) uint8.
+            chosen: (stop - start,) int64, which images.
+        """
+        _, channels, height, width = images.shape
+        device = images.device
+        pad_rows, pad_columns = self.padding
+        row = torch.arange(height, device=device) + (self.rows[start:stop, None] - pad_rows)
+        column = torch.arange(width, device=device)
+        column = torch.where(self.flips[start:stop, None], width - 1 - column, column)
+        column = column + (self.columns[start:stop, None] - pad_columns)
+        inside = ((row >= 0) & (row < height))[:, None, :, None] & ((column >= 0) & (column < width))[:, None, None, :]
+        picked = images[
+            chosen[:, None, None, None],
+            torch.arange(channels, device=device)[None, :, None, None],
+            row.clamp_(0, height - 1)[:, None, :, None],
+            column.clamp_(0, width - 1)[:, None, None, :],
+        ]
+        return picked.mul_(inside)
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def sample_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """Random numbers of one sample of one epoch."""
+    return np.random.default_rng((seed, epoch, position))
+
+
+def centre_box(width: int, height: int, shape: tuple[int, ...], ratio: float) -> Box:
+    """The largest centred part with the sides' proportion of `shape` (C, H, W), times `ratio`."""
+    scale = min(width / shape[2], height / shape[1]) * ratio
+    wide, high = shape[2] * scale, shape[1] * scale
+    return (width - wide) / 2, (height - high) / 2, wide, high
+
+
+def random_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """A random part as torchvision's RandomResizedCrop draws it: 8 to 100 % of the area, sides 3:4 to 4:3."""
+    for _ in range(10):
+        area = width * height * rng.uniform(MIN_AREA, MAX_AREA)
+        aspect = math.exp(rng.uniform(-math.log(MAX_ASPECT), math.log(MAX_ASPECT)))
+        wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < high <= height:
+            return int(rng.integers(0, width - wide + 1)), int(rng.integers(0, height - high + 1)), wide, high
+    wide, high = min(width, round(height * MAX_ASPECT)), min(height, round(width * MAX_ASPECT))
+    return (width - wide) // 2, (height - high) // 2, wide, high
+
+
+def prepare(image: Image.Image | Tensor, spec: InputSpec, rng: np.random.Generator | None) -> Tensor:
+    """One item at its final size: (C, H, W) uint8, or the float tensor as it is.
+
+    Large images are cut at random if `rng` is given, else in the centre. Small ones are cut in the centre only if their
+    size is not the input's; their random shifts happen on the device.
+
+    Raises:
+        DataError: the item's shape or channels do not fit the data set's.
+    """
+    if spec.is_float:
+        if isinstance(image, Tensor) and image.is_floating_point() and tuple(image.shape) == spec.shape:
+            return image
+        raise DataError(f"expected a float tensor of shape {spec.shape}, but got {_say(image)}")
+    if isinstance(image, Tensor) and image.is_floating_point():
+        raise DataError(f"expected a uint8 or PIL image, but got {_say(image)}")
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[2], image.shape[1])
+    random = rng is not None and spec.crop == "resized"
+    if (height, width) == spec.shape[1:] and spec.crop != "resized":
+        box: Box = (0, 0, width, height)
+    elif random:
+        assert rng is not None
+        box = random_box(width, height, rng)
+    else:
+        box = centre_box(width, height, spec.shape, VALIDATION_RATIO if spec.crop == "resized" else 1.0)
+    cut = _cut_pil(image, box, spec.shape) if isinstance(image, Image.Image) else _cut_tensor(image, box, spec.shape)
+    return cut.flip(-1) if random and spec.flip and rng is not None and rng.random() < 0.5 else cut
+
+
+def _cut_pil(image: Image.Image, box: Box, shape: tuple[int, ...]) -> Tensor:
+    channels, height, width = shape
+    left, top, wide, high = box
+    before = image.size
+    shrink = min(wide / width, high / height)
+    if image.format == "JPEG" and shrink >= 2:  # decode at 1/2, 1/4 or 1/8 where that still exceeds the input's size
+        image.draft(None, (math.ceil(before[0] / shrink), math.ceil(before[1] / shrink)))  # type: ignore[arg-type]
+    across, down = image.size[0] / before[0], image.size[1] / before[1]
+    edges = (left * across, top * down, (left + wide) * across, (top + high) * down)
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if edges != (0, 0, width, height) or image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=edges)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def _cut_tensor(image: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
+    if image.shape[0] != shape[0]:
+        if image.shape[0] != 1:
+            raise DataError(f"expected an image of {shape[0]} channels, but got {_say(image)}")
+        image = image.expand(shape[0], -1, -1)
+    left, top, wide, high = (round(edge) for edge in box)
+    if (top, left, high, wide) == (0, 0, *shape[1:]):
+        return image[:, :high, :wide]
+    return functional.resized_crop(image, top, left, max(high, 1), max(wide, 1), list(shape[1:]), antialias=True)
+
+
+def _say(image: Image.Image | Tensor) -> str:
+    if isinstance(image, Tensor):
+        return f"a {image.dtype} tensor of shape {tuple(image.shape)}"
+    return f"a {image.width}x{image.height} {image.mode} image"

@@ -1,0 +1,65 @@
+"""Data held on the device: a batch is a gather, whatever its size."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acmds_optimizer.engine.batches import DataSource, EpochStream
+from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts
+
+
+class ResidentSource(DataSource):
+    """All images on the device as uint8 (or float32, passed through), augmented there.
+
+    Args:
+        images: (n, *spec.shape), uint8 or float32.
+        targets: (n,) int64.
+        spec: how images become inputs.
+        device: where to keep them.
+        augment: whether streams may augment at all.
+    """
+
+    def __init__(
+        self, images: Tensor, targets: np.ndarray, spec: InputSpec, device: torch.device, augment: bool
+    ) -> None:
+        self.targets: np.ndarray = targets
+        self.spec = spec
+        self.device = device
+        self.may_augment = augment and spec.crop == "pad"
+        self.images = images.contiguous().to(device)
+        self.device_targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device)
+        self.normalise = Normaliser(spec, device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def stream(
+        self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False
+    ) -> ResidentStream:
+        self._check(order)
+        shifts = None
+        if augment and self.may_augment:
+            shifts = Shifts.draw(len(order), epoch, self.spec, self.device)
+        return ResidentStream(self, order, weights, start, shifts)
+
+
+class ResidentStream(EpochStream):
+    """Gathers from a ResidentSource. The order, weights and shifts reach the device once an epoch; no call syncs."""
+
+    def __init__(
+        self, source: ResidentSource, order: np.ndarray, weights: np.ndarray | None, start: int, shifts: Shifts | None
+    ) -> None:
+        super().__init__(order, weights, start, source.device)
+        self._source = source
+        self._shifts = shifts
+
+    def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        source = self._source
+        chosen = self.order[start:stop]
+        if self._shifts is None:
+            images = source.images.index_select(0, chosen)
+        else:
+            images = self._shifts.cut(source.images, chosen, start, stop)
+        return source.normalise(images), source.device_targets.index_select(0, chosen)

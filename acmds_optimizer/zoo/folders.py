@@ -1,0 +1,167 @@
+"""Folders of images: class folders, with train/ and val/ around them or split here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from acmds_optimizer.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
+LAYOUT = "Expected train/ and val/ (or valid/, test/) with one folder of images a class in each, or the class folders themselves"
+SPLIT_SEED = 1729
+"""Of the split into training and validation samples: one for all configurations, so that trials compare."""
+
+SAMPLED_HEADERS = 64
+"""Image headers read to learn whether all images have one size."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no whole image (SyntaxError: a broken PNG)."""
+
+
+class ImageFiles(Dataset[tuple[Image.Image, int]]):
+    """Image files with labels. An item is (opened but not yet decoded PIL image, label).
+
+    Not decoding here lets the reader of the item decode a large JPEG at the scale that it needs. File names are kept in
+    one array, not in a list of strings, so that worker processes share it instead of copying it.
+
+    Args:
+        root: folder that `names` are relative to.
+        names: (n,) bytes, file names below `root`.
+        targets: (n,) int64 class numbers.
+        classes: class names.
+    """
+
+    def __init__(self, root: Path, names: np.ndarray, targets: np.ndarray, classes: list[str]) -> None:
+        self.root = root
+        self.names = names
+        self.targets = targets
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """Where item `index` lies."""
+        return self.root / os.fsdecode(bytes(self.names[index]))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.path(index)
+        try:
+            return Image.open(path), int(self.targets[index])
+        except UNREADABLE as error:
+            raise unreadable(path, error) from None
+
+    def subset(self, indices: np.ndarray) -> ImageFiles:
+        """The files at `indices`, in that order."""
+        return ImageFiles(self.root, self.names[indices], self.targets[indices], self.classes)
+
+    def sample_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) from the headers of up to SAMPLED_HEADERS files, evenly spaced."""
+        picks = sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), SAMPLED_HEADERS))})
+        sizes = []
+        for index in picks:
+            image, _ = self[index]
+            with image:
+                sizes.append((image.height, image.width))
+        return sizes
+
+
+def unreadable(path: Path | str, error: BaseException) -> DataError:
+    """The error for a file that is no whole image."""
+    said = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    return DataError(f"{path}: cannot be read as an image: {said}. Repair or remove the file")
+
+
+def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
+    """Training and validation images of a folder, in either of the layouts of LAYOUT.
+
+    Class folders without a train/ around them are split by `val_fraction`, each class alike; 0 holds nothing out.
+
+    Raises:
+        DataError: no such folder, no images, fewer than two classes, or classes that only validation has.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}. {LAYOUT}")
+    train_folder = folder / "train"
+    if not train_folder.is_dir():
+        everything = scan_classes(folder)
+        kept, held_out = stratified_split(everything.targets, val_fraction)
+        return everything.subset(kept), everything.subset(held_out) if len(held_out) else None
+    train = scan_classes(train_folder)
+    for name in VALIDATION_NAMES:
+        if (folder / name).is_dir():
+            return train, scan_classes(folder / name, train.classes)
+    kept, held_out = stratified_split(train.targets, val_fraction)
+    return train.subset(kept), train.subset(held_out) if len(held_out) else None
+
+
+def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
+    """All images below the class folders of `folder`; class numbers follow `classes`, else the sorted names.
+
+    Raises:
+        DataError: as in `read_folder`.
+    """
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        loose = sum(1 for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
+        holds = f"holds {loose} images but no class folders" if loose else "holds no class folders"
+        raise DataError(f"{folder}: {holds}. {LAYOUT}")
+    if classes is not None and set(found) - set(classes):
+        raise DataError(f"{folder}: has classes that training lacks: {_some(sorted(set(found) - set(classes)))}")
+    names: list[bytes] = []
+    counts: dict[str, int] = {}
+    for name in found:
+        files = _images_below(folder, name)
+        counts[name] = len(files)
+        names.extend(files)
+    if not names:
+        raise DataError(f"{folder}: no images ({', '.join(EXTENSIONS)}) in its {len(found)} class folders. {LAYOUT}")
+    if classes is None:
+        classes = [name for name in found if counts[name]]
+        if len(classes) < 2:
+            raise DataError(f"{folder}: only one class has images ({classes[0]!r}); training needs two. {LAYOUT}")
+    number = {name: index for index, name in enumerate(classes)}
+    targets = np.concatenate([np.full(counts[name], number[name], np.int64) for name in found if counts[name]])
+    return ImageFiles(folder, np.array(names, dtype=np.bytes_), targets, classes)
+
+
+def _images_below(folder: Path, name: str) -> list[bytes]:
+    """Names, relative to `folder`, of the images below its folder `name`, sorted."""
+    files = []
+    for parent, folders, entries in os.walk(folder / name, followlinks=True):
+        folders.sort()
+        inside = os.path.relpath(parent, folder)
+        files.extend(
+            os.fsencode(os.path.join(inside, entry)) for entry in sorted(entries) if entry.lower().endswith(EXTENSIONS)
+        )
+    return files
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def stratified_split(targets: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train on and indices to hold out, each sorted.
+
+    Of every class `val_fraction` is held out, rounded, but at least one sample, and never the last one. Depends on
+    `targets` and SPLIT_SEED alone.
+
+    Args:
+        targets: (n,) int64.
+        val_fraction: in [0, 1).
+    """
+    held_out = []
+    rng = np.random.default_rng(SPLIT_SEED)
+    for label in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        wanted = max(1, round(len(members) * val_fraction)) if val_fraction > 0 else 0
+        held_out.append(members[: min(wanted, len(members) - 1)])
+    val = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(targets)), val), val

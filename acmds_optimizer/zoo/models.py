@@ -1,0 +1,134 @@
+"""Models by name: `small_cnn`, torchvision's classification models, or `package.module:callable`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from acmds_optimizer.errors import DataError
+from acmds_optimizer.zoo import SMALL_IMAGE_PX
+from acmds_optimizer.zoo.imports import load_callable
+
+
+class SmallCNN(nn.Module):
+    """Five 3x3 convolutions with BatchNorm, 32 to 128 channels; 140,000 parameters.
+
+    For tiny images on machines without a GPU: above 95 % on the 8x8 digits after a few seconds on a CPU. Takes
+    (n, in_channels, H, W) with H and W of at least 8, gives (n, num_classes).
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *_block(in_channels, 32), *_block(32, 32), nn.MaxPool2d(2),
+            *_block(32, 64), *_block(64, 64), nn.MaxPool2d(2),
+            *_block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip  # a line a resolution
+        self.head = nn.Linear(128, num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.features(inputs))  # type: ignore[no-any-return]  # modules return Any
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+def model_names() -> list[str]:
+    """Every name that `build_model` knows, sorted."""
+    return sorted(["small_cnn", *torchvision.models.list_models(module=torchvision.models)])
+
+
+def build_model(name: str, num_classes: int, *, in_channels: int = 3, image_size: int | None = None) -> nn.Module:
+    """A model with fresh weights (from torch's global random state) that gives (n, num_classes) logits.
+
+    torchvision's models are changed in two ways, by the arguments alone. ResNets (resnet*, resnext*, wide_resnet*) for
+    inputs of at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool, since the usual stem would
+    shrink a 32 px image to 8 px before the first block. And where `in_channels` is not 3, the first convolution of any
+    model is replaced by one of that many input channels.
+
+    Args:
+        name: one of `model_names()`, or `package.module:callable`, which is called with num_classes=... alone.
+        num_classes: size of the output, at least 1.
+        in_channels: channels of an input.
+        image_size: height and width of an input in pixels (the larger, if they differ); None: 224.
+
+    Raises:
+        DataError: unknown name, a callable that cannot be used, or a model that cannot take inputs of this size.
+    """
+    if ":" in name:
+        return _foreign_model(name, num_classes)
+    if name == "small_cnn":
+        if image_size is not None and image_size < 8:
+            raise DataError(f"small_cnn takes images of at least 8 px, not {image_size}")
+        return SmallCNN(num_classes, in_channels)
+    if name not in model_names():
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), model_names(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(model_names())}"
+        raise DataError(f"no model named {name!r}: {hint} One's own is given as package.module:callable")
+    with torch.device("meta"):  # shapes only: says at once, and without memory, whether inputs of this size fit
+        _check_size(name, _torchvision_model(name, num_classes, in_channels, image_size), in_channels, image_size)
+    return _torchvision_model(name, num_classes, in_channels, image_size)
+
+
+def _torchvision_model(name: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}  # one output; True is the default, which otherwise warns
+    elif name.startswith("vit_") and image_size:
+        options = {"image_size": image_size}
+    elif name == "maxvit_t" and image_size:
+        options = {"input_size": (image_size, image_size)}
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except (ValueError, AssertionError, RuntimeError) as error:  # transformers refuse sizes when they are built
+        raise _wrong_size(name, image_size, error) from error
+    small = image_size is not None and image_size <= SMALL_IMAGE_PX
+    if isinstance(model, torchvision.models.ResNet) and small:
+        model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()  # type: ignore[assignment]  # declared as MaxPool2d
+    elif in_channels != 3:
+        _replace_first_convolution(model, in_channels)
+    return model
+
+
+def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
+    """Give the first convolution `in_channels` inputs. In all of torchvision's models it is the first to be registered."""
+    path, old = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)  # type: ignore[arg-type]  # Conv2d keeps its sizes as tuples of any length
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+
+
+def _check_size(name: str, model: nn.Module, in_channels: int, image_size: int | None) -> None:
+    size = image_size or 224
+    try:
+        model.eval()(torch.empty(1, in_channels, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise _wrong_size(name, image_size, error) from error
+
+
+def _wrong_size(name: str, image_size: int | None, error: Exception) -> DataError:
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DataError(f"{name} cannot take images of {image_size or 224} px ({said}). Give another image_size or model")
+
+
+def _foreign_model(name: str, num_classes: int) -> nn.Module:
+    build = load_callable(name, "model")
+    try:
+        inspect.signature(build).bind(num_classes=num_classes)
+    except TypeError as error:
+        raise DataError(f"model {name!r}: must accept one argument, num_classes=...: {error}") from None
+    except ValueError:  # a builtin without a signature
+        pass
+    model = build(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise DataError(f"model {name!r}: must return a torch.nn.Module, but returned a {type(model).__name__}")
+    return model
