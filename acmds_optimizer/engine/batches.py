@@ -129,5 +129,5 @@ class DataSource(ABC):
         """Free what the source holds beside memory (worker processes). Open streams end."""
 
     def _check(self, order: np.ndarray) -> None:
-        if len(order) and not (0 <= int(order.min()) and int(order.max()) < len(self)):
+        if len(order) and (order.min() < 0 or order.max() >= len(self)):
             raise ValueError(f"the order names samples outside the data set's {len(self)}")

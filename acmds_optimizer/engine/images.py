@@ -96,6 +96,8 @@ class Shifts:
         Args:
             images: (n, C, H, W) uint8.
             chosen: (stop - start,) int64, which images.
+            start: position of the first.
+            stop: position after the last.
         """
         _, channels, height, width = images.shape
         device = images.device
@@ -177,13 +179,18 @@ def _cut_pil(image: Image.Image, box: Box, shape: tuple[int, ...]) -> Tensor:
     before = image.size
     shrink = min(wide / width, high / height)
     if image.format == "JPEG" and shrink >= 2:  # decode at 1/2, 1/4 or 1/8 where that still exceeds the input's size
-        image.draft(None, (math.ceil(before[0] / shrink), math.ceil(before[1] / shrink)))  # type: ignore[arg-type]
+        image.draft(None, (math.ceil(before[0] / shrink), math.ceil(before[1] / shrink)))
     across, down = image.size[0] / before[0], image.size[1] / before[1]
-    edges = (left * across, top * down, (left + wide) * across, (top + high) * down)
+    edges = (
+        max(left * across, 0),
+        max(top * down, 0),
+        min((left + wide) * across, image.size[0]),  # Pillow refuses an edge that rounding put outside
+        min((top + high) * down, image.size[1]),
+    )
     if image.mode.startswith("I"):  # 16-bit grey; Pillow would clip instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
-    if edges != (0, 0, width, height) or image.size != (width, height):
+    if image.size != (width, height) or edges != (0, 0, width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=edges)
     pixels = torch.from_numpy(np.array(image))
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)

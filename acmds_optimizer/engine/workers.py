@@ -10,12 +10,13 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acmds_optimizer.engine.batches import DataSource, EpochStream
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, prepare, sample_rng
@@ -29,10 +30,10 @@ CHUNK_SAMPLES = 64
 PREFETCHED_CHUNKS = 3
 """Chunks that each worker works ahead."""
 
-SHARED_MEMORY = "/dev/shm"
+SHARED_MEMORY = Path("/dev/shm")
 
 Chunk = tuple[Tensor, Tensor, str]
-"""images (k, ...), targets (k,) int64, and what went wrong ("" if nothing): a worker's exception would lose its text."""
+"""images (k, ...), targets (k,) int64, and what went wrong, or "": a worker's exception would lose its own text."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Decoder(Dataset[Chunk]):
 
 
 def _seed_globals(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the training's CUDA generators as well
+    np.random.seed(seed)  # noqa: NPY002  # the one that others' transforms use
     random.seed(seed)
 
 
@@ -153,13 +154,13 @@ class ChunkReader:
 
     def _read_here(self, requests: list[Request]) -> Iterator[Chunk]:
         for request in requests:
-            # a foreign data set's random transforms are seeded for each sample; the training's own state must not move
-            states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+            # others' random transforms are seeded for each sample, but the training's own state must not move
+            states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
             try:
                 chunk = self._decoder[request]
             finally:
                 torch.set_rng_state(states[0])
-                np.random.set_state(states[1])
+                np.random.set_state(states[1])  # noqa: NPY002
                 random.setstate(states[2])
             yield _checked(chunk)
 
@@ -170,7 +171,7 @@ class ChunkReader:
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=self._workers,
-                collate_fn=_as_it_is,
+                collate_fn=_as_it_is,  # type: ignore[arg-type]  # called with one item where batch_size is None
                 pin_memory=self._pin,
                 prefetch_factor=PREFETCHED_CHUNKS,
                 persistent_workers=True,
@@ -211,7 +212,7 @@ def _chunk_samples(item_bytes: int, workers: int) -> int:
 
     Containers often have 64 MiB of it, and a worker that finds it full is killed.
     """
-    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
+    if workers == 0 or not SHARED_MEMORY.is_dir():
         return CHUNK_SAMPLES
     room = shutil.disk_usage(SHARED_MEMORY).free // 2 // (workers * (PREFETCHED_CHUNKS + 1) * item_bytes)
     return max(1, min(CHUNK_SAMPLES, room))

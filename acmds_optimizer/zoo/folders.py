@@ -13,7 +13,10 @@ from acmds_optimizer.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
-LAYOUT = "Expected train/ and val/ (or valid/, test/) with one folder of images a class in each, or the class folders themselves"
+LAYOUT = (
+    "Expected train/ and val/ (or valid/, test/) with one folder of images a class in each, "
+    "or the class folders themselves"
+)
 SPLIT_SEED = 1729
 """Of the split into training and validation samples: one for all configurations, so that trials compare."""
 
@@ -133,12 +136,12 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
 
 def _images_below(folder: Path, name: str) -> list[bytes]:
     """Names, relative to `folder`, of the images below its folder `name`, sorted."""
-    files = []
+    files: list[bytes] = []
     for parent, folders, entries in os.walk(folder / name, followlinks=True):
         folders.sort()
         inside = os.path.relpath(parent, folder)
         files.extend(
-            os.fsencode(os.path.join(inside, entry)) for entry in sorted(entries) if entry.lower().endswith(EXTENSIONS)
+            os.fsencode(f"{inside}/{entry}") for entry in sorted(entries) if entry.lower().endswith(EXTENSIONS)
         )
     return files
 

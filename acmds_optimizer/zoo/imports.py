@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from acmds_optimizer.config import nearest
@@ -25,7 +25,7 @@ def load_callable(spec: str, what: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise DataError(f"{what} {spec!r}: expected package.module:callable")
-    here = os.getcwd()
+    here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
         importlib.invalidate_caches()
@@ -43,4 +43,4 @@ def load_callable(spec: str, what: str) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         raise DataError(f"{what} {spec!r}: {attribute} is a {type(found).__name__}, not a function or class")
-    return found  # type: ignore[no-any-return]  # callable() narrows Any to nothing
+    return found

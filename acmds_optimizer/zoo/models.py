@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
@@ -32,7 +33,7 @@ class SmallCNN(nn.Module):
         self.head = nn.Linear(128, num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.features(inputs))  # type: ignore[no-any-return]  # modules return Any
+        return self.head(self.features(inputs))
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -47,10 +48,10 @@ def model_names() -> list[str]:
 def build_model(name: str, num_classes: int, *, in_channels: int = 3, image_size: int | None = None) -> nn.Module:
     """A model with fresh weights (from torch's global random state) that gives (n, num_classes) logits.
 
-    torchvision's models are changed in two ways, by the arguments alone. ResNets (resnet*, resnext*, wide_resnet*) for
-    inputs of at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool, since the usual stem would
-    shrink a 32 px image to 8 px before the first block. And where `in_channels` is not 3, the first convolution of any
-    model is replaced by one of that many input channels.
+    torchvision's models are changed in two ways, by the arguments alone. ResNets (resnet*, resnext*, wide_resnet*)
+    for inputs of at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool, since the usual stem
+    would shrink a 32 px image to 8 px before the first block. And where `in_channels` is not 3, the first convolution of
+    any model is replaced by one of that many input channels.
 
     Args:
         name: one of `model_names()`, or `package.module:callable`, which is called with num_classes=... alone.
@@ -71,9 +72,9 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, image_size
         close = difflib.get_close_matches(name.lower().replace("-", "_"), model_names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(model_names())}"
         raise DataError(f"no model named {name!r}: {hint} One's own is given as package.module:callable")
-    with torch.device("meta"):  # shapes only: says at once, and without memory, whether inputs of this size fit
-        _check_size(name, _torchvision_model(name, num_classes, in_channels, image_size), in_channels, image_size)
-    return _torchvision_model(name, num_classes, in_channels, image_size)
+    model = _torchvision_model(name, num_classes, in_channels, image_size)
+    _check_size(name, model, in_channels, image_size)
+    return model
 
 
 def _torchvision_model(name: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
@@ -92,27 +93,39 @@ def _torchvision_model(name: str, num_classes: int, in_channels: int, image_size
     if isinstance(model, torchvision.models.ResNet) and small:
         model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()  # type: ignore[assignment]  # declared as MaxPool2d
+        model.maxpool = nn.Identity()
     elif in_channels != 3:
         _replace_first_convolution(model, in_channels)
     return model
 
 
 def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """Give the first convolution `in_channels` inputs. In all of torchvision's models it is the first to be registered."""
+    """Give the first convolution `in_channels` inputs; all of torchvision's models register it first."""
     path, old = next((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)  # type: ignore[arg-type]  # Conv2d keeps its sizes as tuples of any length
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]  # Conv2d keeps its sizes as tuples of any length
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, new)
 
 
 def _check_size(name: str, model: nn.Module, in_channels: int, image_size: int | None) -> None:
+    """Run the shapes alone (meta tensors: no memory, no arithmetic) through the model."""
     size = image_size or 224
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {path: torch.empty_like(tensor, device="meta") for path, tensor in state.items()}
     try:
-        model.eval()(torch.empty(1, in_channels, size, size))
+        functional_call(model.eval(), shapes, (torch.empty(1, in_channels, size, size, device="meta"),))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise _wrong_size(name, image_size, error) from error
+    finally:
+        model.train()
 
 
 def _wrong_size(name: str, image_size: int | None, error: Exception) -> DataError:
