@@ -191,8 +191,8 @@ class TrainConfig(CurriculumConfig):
     """Share of the training over which the learning rate rises linearly."""
 
     # --- what is kept
-    output_dir: str = "runs/latest"
-    """Folder for checkpoints, the resolved configuration, the environment and the step records."""
+    output_dir: str | None = None
+    """Folder for checkpoints, the resolved configuration, the environment and the step records; none: a new one in runs/."""
 
     checkpoint_every: Annotated[int, Ge(0)] = 1
     """Epochs between checkpoints; 0: none."""

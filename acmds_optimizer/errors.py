@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class ACMDSError(Exception):
     """Root of all errors meant for users. `exit_code` is 2 for wrong usage and 1 for a failed run."""
@@ -37,4 +40,26 @@ class CheckpointError(ACMDSError):
 
 
 class OutOfMemoryForGoodError(ACMDSError):
-    """A step did not fit even at micro-batch 1, or not within the allowed tries. Says what to change."""
+    """A step did not fit even at micro-batch 1, or not within the allowed tries. Says what to change.
+
+    `events` are the errors that led to it, oldest first; `partial` is the Outcome of the run until then, if any.
+    """
+
+    def __init__(self, message: str, events: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.events = tuple(events)
+        self.partial: Any = None
+
+
+class DivergedError(ACMDSError):
+    """The training loss is not finite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.partial: Any = None
+        super().__init__(
+            f"the loss is not finite at step {step}: lower --lr, lengthen --warmup-fraction, or use --no-enable-amp"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.step,)

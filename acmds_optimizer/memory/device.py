@@ -212,7 +212,7 @@ class BudgetedCpuMemory(MemoryDevice):
             self._live_bytes -= size
 
     def _count_outputs(self, outputs: Any) -> None:
-        before = self._live_bytes
+        before, peak_before = self._live_bytes, self._peak_bytes
         if isinstance(outputs, torch.Tensor):
             self._count(outputs)
         else:
@@ -223,7 +223,7 @@ class BudgetedCpuMemory(MemoryDevice):
         if self._live_bytes > budget and self._live_bytes > before:
             self._errors += 1
             asked, live = self._live_bytes - before, before
-            self._peak_bytes = min(self._peak_bytes, max(budget, before))  # what was refused was never held
+            self._peak_bytes = max(peak_before, before)  # what was refused was never held
             raise torch.OutOfMemoryError(
                 f"CPU card out of memory. Tried to allocate {asked / 2**20:.2f} MiB. The card has a budget of "
                 f"{budget / 2**20:.2f} MiB of which {live / 2**20:.2f} MiB are allocated."

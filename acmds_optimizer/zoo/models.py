@@ -50,7 +50,7 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, image_size
 
     torchvision's models are changed in two ways, by the arguments alone. ResNets (resnet*, resnext*, wide_resnet*)
     for inputs of at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool, since the usual stem
-    would shrink a 32 px image to 8 px before the first block. And where `in_channels` is not 3, the first convolution of
+    would shrink a 32 px image to 8 px before the first block. Where `in_channels` is not 3, the first convolution of
     any model is replaced by one of that many input channels.
 
     Args:

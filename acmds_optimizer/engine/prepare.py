@@ -1,0 +1,124 @@
+"""Precision, memory layout, optimizer and checkpointing of activations, each with a fallback that says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from acmds_optimizer.config import CurriculumConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def amp_dtype(config: CurriculumConfig, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast to, or None for float32; warns where what is asked for is not supported."""
+    if not config.enable_amp:
+        return None
+    if device.type == "cpu":
+        if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+            return torch.bfloat16
+        logger.warning("mixed precision: this CPU does not compute in bf16; training in float32")
+        return None
+    if config.amp_dtype == "fp16":
+        return torch.float16
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if config.amp_dtype == "bf16":
+        logger.warning("mixed precision: %s has no bf16; using fp16", torch.cuda.get_device_name(device))
+    return torch.float16
+
+
+def allow_tf32(config: CurriculumConfig) -> None:
+    """Let float32 matrix products and convolutions run in TF32, or forbid it. Applies to the process."""
+    precision = "tf32" if config.enable_tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer the configuration names, fused where the device has it; a fused one allocates nothing in its step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": lambda **kw: torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **kw),
+        "sgd": lambda **kw: torch.optim.SGD(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=0.9, **kw
+        ),
+    }
+    try:
+        return kinds[config.optimizer](fused=True)
+    except (RuntimeError, TypeError) as error:
+        logger.warning("fused %s is not available here (%s); using the plain one", config.optimizer, error)
+        return kinds[config.optimizer]()
+
+
+def schedule_factor(config: TrainConfig, progress: float) -> float:
+    """Factor on the peak learning rate at `progress`, the share of the training that is done, in [0, 1].
+
+    Rises linearly over `warmup_fraction`, then stays, or falls to 0 along half a cosine.
+    """
+    if progress < config.warmup_fraction:
+        return max(progress / config.warmup_fraction, 1e-3)
+    if config.lr_schedule == "constant":
+        return 1.0
+    done = (progress - config.warmup_fraction) / (1.0 - config.warmup_fraction)
+    return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(done, 1.0) * torch.pi))))
+
+
+def checkpoint_activations(model: nn.Module) -> bool:
+    """Make backward recompute the activations of a model's blocks instead of keeping them.
+
+    timm and Hugging Face models have a method for it. Otherwise the blocks are the elements of every `nn.Sequential`
+    that hold at least two layers with weights. BatchNorm statistics are left alone in the recomputation.
+
+    Returns:
+        Whether anything was found; warns where nothing was.
+    """
+    for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+        if callable(method := getattr(model, name, None)):
+            method()
+            return True
+    blocks = [
+        block
+        for module in model.modules()
+        if isinstance(module, nn.Sequential)
+        for block in module
+        if sum(any(True for _ in part.parameters(recurse=False)) for part in block.modules()) >= 2
+    ]
+    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
+    outermost = [block for block in blocks if id(block) not in inner]
+    for block in outermost:
+        block.forward = _recomputed(block, block.forward)  # type: ignore[method-assign]
+    if not outermost:
+        logger.warning("gradient checkpointing: %s has no sequence of blocks; training without", type(model).__name__)
+    return bool(outermost)
+
+
+def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), _statistics_untouched(block)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _statistics_untouched(block: nn.Module) -> Iterator[None]:
+    # a second forward would enter the same batch into the running statistics twice
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,122 @@
+"""One optimizer step: micro-batches whose gradients add up to the effective batch's."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.memory.guard import Guard
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def parts(total: int, largest: int) -> list[int]:
+    """Near-equal sizes of at most `largest` that add up to `total`: few distinct shapes, no tiny remainder."""
+    count = math.ceil(total / largest)
+    size, longer = divmod(total, count)
+    return [size + 1] * longer + [size] * (count - longer)
+
+
+class TrainStep:
+    """Forward, backward and optimizer for one effective batch, in micro-batches.
+
+    Args:
+        model: in training mode, on the device.
+        guard: its optimizer is stepped, so that a failure in it can be undone.
+        loss_fn: (logits (B, C) float32, targets (B,)) -> losses (B,), unreduced.
+        amp_dtype: autocast dtype; None: float32.
+        channels_last: whether 4-d inputs are converted to NHWC.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        guard: Guard,
+        loss_fn: LossFunction,
+        amp_dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        self.model = model
+        self.guard = guard
+        self.loss_fn = loss_fn
+        self.amp_dtype = amp_dtype
+        self.channels_last = channels_last
+        self.device_type = guard.controller.device.type
+
+    def __call__(self, batch: Batch, micro_batch: int) -> Tensor:
+        """Run the step; losses (n,) float32 of its samples, detached, in their order.
+
+        The gradient is that of sum(weight * loss) / n over the whole batch, whatever the micro-batch is.
+        """
+        losses = []
+        start = 0
+        for size in parts(len(batch), micro_batch):
+            losses.append(self._micro(batch.slice(start, start + size), len(batch)))
+            start += size
+        self.guard.optimizer_step()
+        return torch.cat(losses)
+
+    def _micro(self, part: Batch, total: int) -> Tensor:
+        losses = self.losses(part.inputs, part.targets)
+        weighted = (losses * part.weights).sum() / total
+        if self.guard.scaler is not None:
+            weighted = self.guard.scaler.scale(weighted)
+        weighted.backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Unreduced losses (B,) float32 of inputs (B, ...) and targets (B,)."""
+        return self.loss_fn(self.logits(inputs), targets)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The model's outputs (B, C) in float32."""
+        if self.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device_type, self.amp_dtype) if self.amp_dtype else nullcontext():
+            return self.model(inputs).float()  # type: ignore[no-any-return]
+
+
+class StepClock:
+    """Times steps without waiting for the device: CUDA events that are read once they have passed, or the CPU's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._pending: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._done: list[tuple[int, float]] = []
+        self._start: torch.cuda.Event | float = 0.0
+        self._last_batch = 0
+
+    def start(self) -> None:
+        if self._cuda:
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop(self, micro_batch: int, micro_batches: int, *, steady: bool) -> None:
+        """End of a step. The first at a size, and those with errors (not `steady`), are not counted."""
+        counted = steady and micro_batch == self._last_batch
+        self._last_batch = micro_batch
+        if not counted:
+            return
+        if isinstance(self._start, float):
+            self._done.append((micro_batch, (time.perf_counter() - self._start) / micro_batches))
+        else:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._pending.append((micro_batch, micro_batches, self._start, end))
+
+    def timings(self) -> list[tuple[int, float]]:
+        """(micro-batch size, seconds of one) of the steps that have ended since the last call."""
+        while self._pending and self._pending[0][3].query():
+            size, count, begin, end = self._pending.popleft()
+            self._done.append((size, begin.elapsed_time(end) / 1000 / count))
+        done, self._done = self._done, []
+        return done

@@ -1,0 +1,284 @@
+"""What a run records: one row a step, one row an event, and the figures made from them.
+
+A step's loss stays on the device until a number of rows is flushed together, so recording costs no host sync a step.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from acmds_optimizer.config import GIB
+from acmds_optimizer.errors import DivergedError
+from acmds_optimizer.memory.guard import OutOfMemoryEvent
+
+STEP_COLUMNS = {
+    "step": "number of the optimizer step, from 0",
+    "epoch": "number of the epoch, from 0",
+    "samples_seen": "samples trained on so far, this step included",
+    "effective_batch": "samples of this optimizer step",
+    "micro_batch": "samples of its largest micro-batch",
+    "micro_batches": "how many micro-batches it was split into",
+    "predicted_peak_gb": "peak that the memory model expected; empty before it knows anything",
+    "peak_allocated_gb": "peak of allocated memory in the step",
+    "reserved_gb": "peak of memory reserved by the allocator in the step",
+    "budget_gb": "what the process could hold: driver-free plus reserved, within the limit",
+    "headroom_gb": "budget less reserved: what was left free",
+    "target_headroom_gb": "headroom asked for",
+    "feed_forward_samples": "micro-batch that model and trim allow, before buckets and bounds",
+    "pid_p": "proportional term",
+    "pid_i": "integral term",
+    "pid_d": "derivative term",
+    "trim": "share by which the PID moved the memory target, at most 0",
+    "next_micro_batch": "micro-batch chosen for this step before any error",
+    "reason": "why: cold, hold, grow, shrink, max_batch, min_batch, below_min, knee, timing, calm, ceiling, budget",
+    "oom_events": "out-of-memory errors caught in this step",
+    "alloc_retries": "times the allocator released its cache to serve a request, in this step",
+    "seconds": "wall time from the end of the step before to the end of this one",
+    "loss": "mean unweighted training loss of its samples",
+    "lr": "learning rate of the first parameter group",
+    "difficulty_mean": "mean difficulty, 1 - exp(-loss), over the last difficulty_window samples",
+}
+"""Columns of steps.csv, and what they mean. GB are 2**30 bytes."""
+
+EVENT_COLUMNS = {
+    "step": "number of the optimizer step",
+    "epoch": "number of the epoch",
+    "seconds": "seconds since the training began",
+    "kind": "out_of_memory, neighbour_change, emergency_gc or fallback",
+    "micro_batch": "micro-batch when it happened",
+    "next_micro_batch": "micro-batch after it",
+    "budget_gb": "what the process may hold after it",
+    "peak_gb": "peak of allocated memory before it",
+    "shortage_gb": "what was missing, where the error says; else 0",
+    "attempt": "which repetition of the step, from 1; 0 where nothing was repeated",
+    "recovered": "whether the step went through in the end",
+    "message": "the error's or the event's own words",
+}
+"""Columns of events.csv, and what they mean."""
+
+_FLUSH_ROWS = 50
+_WARM_UP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The figures of a run. GB are 2**30 bytes; None where nothing was measured."""
+
+    samples_per_second: float | None
+    """Useful samples a second of training wall time after warm-up, recovery from errors included."""
+    oom_events: int
+    oom_recovered: int
+    alloc_retries: int
+    peak_reserved_gb: float | None
+    headroom_min_gb: float | None
+    headroom_breach_fraction: float | None
+    """Share of the steps that left less than the target headroom free."""
+    batch_size_mean: float | None
+    """Mean micro-batch over the steps."""
+    train_loss: float | None
+    """Mean over the last epoch, or what was done of it."""
+    val_loss: float | None
+    val_accuracy: float | None
+    """Fraction in [0, 1]."""
+    steps: int
+    samples: int
+    epochs: int
+    seconds: float
+    stopped_early: bool = False
+
+
+class CsvLog:
+    """Rows appended to a CSV file; without a path they go nowhere."""
+
+    def __init__(self, path: Path | None, columns: Iterable[str], keep_below_step: int | None = None) -> None:
+        self._columns = list(columns)
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        kept: list[dict[str, str]] = []
+        if keep_below_step is not None and path.exists():
+            with path.open(newline="") as old:
+                kept = [row for row in csv.DictReader(old) if int(row["step"]) < keep_below_step]
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, self._columns)
+        self._writer.writeheader()
+        self._writer.writerows(kept)
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        if self._file is None:
+            return
+        for row in rows:
+            self._writer.writerow({name: _plain(row[name]) for name in self._columns})
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if not math.isfinite(value) else f"{value:.6g}"
+    return value
+
+
+class Recorder:
+    """Collects the rows of a run, writes them, and adds up its figures.
+
+    Args:
+        folder: where steps.csv and events.csv go; None: nowhere.
+        difficulty_window: samples over which the mean difficulty is taken.
+        resume_step: keep the rows of earlier steps that are already there.
+    """
+
+    def __init__(self, folder: Path | None, difficulty_window: int = 1000, resume_step: int | None = None) -> None:
+        self._steps = CsvLog(folder / "steps.csv" if folder else None, STEP_COLUMNS, resume_step)
+        self._events = CsvLog(folder / "events.csv" if folder else None, EVENT_COLUMNS, resume_step)
+        self._pending: list[dict[str, Any]] = []
+        self._pending_values: list[torch.Tensor] = []
+        self._window_size = difficulty_window
+        self._window: list[tuple[int, float]] = []
+        self.last_loss: float | None = None
+        self.figures: dict[str, float] = dict.fromkeys(
+            ("steps", "samples", "oom_events", "oom_recovered", "alloc_retries", "breaches", "batches"), 0
+        )
+        self.peak_reserved_bytes = 0
+        self.headroom_min_bytes: int | None = None
+        self._epoch_loss = 0.0
+        self._epoch_samples = 0
+        self._timed_samples = 0
+        self._timed_seconds = 0.0
+        self._all_samples = 0
+        self._all_seconds = 0.0
+
+    def step(
+        self, row: dict[str, Any], losses: torch.Tensor, *, reserved_bytes: int, budget_bytes: int, headroom_bytes: int
+    ) -> None:
+        """Record one step: `row` holds all columns but loss and difficulty_mean; losses (n,) stay on their device."""
+        figures = self.figures
+        figures["steps"] += 1
+        figures["samples"] += row["effective_batch"]
+        figures["oom_events"] += row["oom_events"]
+        figures["oom_recovered"] += row["oom_events"]  # a step is recorded only once it went through
+        figures["alloc_retries"] += row["alloc_retries"]
+        figures["batches"] += row["micro_batch"]
+        headroom = budget_bytes - reserved_bytes
+        figures["breaches"] += headroom < headroom_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved_bytes)
+        self.headroom_min_bytes = headroom if self.headroom_min_bytes is None else min(headroom, self.headroom_min_bytes)
+        self._all_samples += row["effective_batch"]
+        self._all_seconds += row["seconds"]
+        if figures["steps"] > _WARM_UP_STEPS:
+            self._timed_samples += row["effective_batch"]
+            self._timed_seconds += row["seconds"]
+        self._pending.append(row)
+        losses = losses.detach().float()
+        self._pending_values.append(torch.stack((losses.mean(), (1.0 - torch.exp(-losses)).mean())))
+        if len(self._pending) >= _FLUSH_ROWS:
+            self.flush()
+
+    def out_of_memory(self, event: OutOfMemoryEvent, where: dict[str, Any], *, recovered: bool) -> None:
+        """Record a caught error; one that ended the run is counted here, others with their step."""
+        if not recovered:
+            self.figures["oom_events"] += 1
+        self.event(
+            where,
+            kind="out_of_memory",
+            micro_batch=event.micro_batch,
+            next_micro_batch=event.next_micro_batch,
+            budget_gb=event.budget_bytes / GIB,
+            peak_gb=event.peak_bytes / GIB,
+            shortage_gb=event.shortage_bytes / GIB,
+            attempt=event.attempt,
+            recovered=recovered,
+            message=event.message,
+        )
+
+    def event(self, where: dict[str, Any], **values: Any) -> None:
+        """Record an event: `where` holds step, epoch and seconds; written at once."""
+        self._events.write([{**where, **values}])
+
+    def flush(self) -> None:
+        """Bring the losses of the pending rows to the host and write them.
+
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        if not self._pending:
+            return
+        values = torch.stack(self._pending_values).tolist()
+        rows, self._pending, self._pending_values = self._pending, [], []
+        for row, (loss, difficulty) in zip(rows, values, strict=True):
+            self._window.append((row["effective_batch"], difficulty))
+            while sum(size for size, _ in self._window[1:]) >= self._window_size:
+                self._window.pop(0)
+            total = sum(size for size, _ in self._window)
+            row["loss"] = loss
+            row["difficulty_mean"] = sum(size * value for size, value in self._window) / total
+            self._epoch_loss += loss * row["effective_batch"]
+            self._epoch_samples += row["effective_batch"]
+        self.last_loss = values[-1][0]
+        self._steps.write(rows)
+        bad = next((row["step"] for row in rows if not math.isfinite(row["loss"])), None)
+        if bad is not None:
+            raise DivergedError(bad)
+
+    def end_epoch(self) -> float | None:
+        """Mean loss of the epoch's samples so far; the next one starts from zero."""
+        self.flush()
+        mean = self.epoch_loss
+        self._epoch_loss, self._epoch_samples = 0.0, 0
+        return mean
+
+    @property
+    def epoch_loss(self) -> float | None:
+        return self._epoch_loss / self._epoch_samples if self._epoch_samples else None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """After warm-up (10 steps); over all steps where there are not twice as many."""
+        if self.figures["steps"] >= 2 * _WARM_UP_STEPS and self._timed_seconds > 0:
+            return self._timed_samples / self._timed_seconds
+        return self._all_samples / self._all_seconds if self._all_seconds > 0 else None
+
+    def outcome(self, **values: Any) -> Outcome:
+        """The figures so far; `values` are those that the trainer knows."""
+        steps = int(self.figures["steps"])
+        defaults: dict[str, Any] = dict(
+            samples_per_second=self.samples_per_second,
+            oom_events=int(self.figures["oom_events"]),
+            oom_recovered=int(self.figures["oom_recovered"]),
+            alloc_retries=int(self.figures["alloc_retries"]),
+            peak_reserved_gb=self.peak_reserved_bytes / GIB if steps else None,
+            headroom_min_gb=self.headroom_min_bytes / GIB if self.headroom_min_bytes is not None else None,
+            headroom_breach_fraction=self.figures["breaches"] / steps if steps else None,
+            batch_size_mean=self.figures["batches"] / steps if steps else None,
+            train_loss=self.epoch_loss,
+            val_loss=None,
+            val_accuracy=None,
+            steps=steps,
+            samples=int(self.figures["samples"]),
+        )
+        return Outcome(**{**defaults, **values})
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._steps.close()
+            self._events.close()
+
+
+def to_plain(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as plain values; figures that are not finite become None."""
+    values = dataclasses.asdict(outcome)
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

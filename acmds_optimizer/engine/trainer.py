@@ -1,0 +1,481 @@
+"""The training loop: order, batch, guarded step, observation, decision."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig, to_dict
+from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
+from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler
+from acmds_optimizer.engine import checkpoint
+from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
+from acmds_optimizer.engine.data import make_source
+from acmds_optimizer.engine.prepare import allow_tf32, amp_dtype, checkpoint_activations, schedule_factor
+from acmds_optimizer.engine.step import LossFunction, StepClock, TrainStep, parts
+from acmds_optimizer.engine.telemetry import Recorder
+from acmds_optimizer.errors import CheckpointError, OutOfMemoryForGoodError
+from acmds_optimizer.memory.controller import MemoryPressureController
+from acmds_optimizer.memory.device import MemoryDevice
+from acmds_optimizer.memory.guard import Guard, GuardedResult, create_optimizer_state, is_out_of_memory, track_on_cpu
+from acmds_optimizer.memory.law import Decision
+from acmds_optimizer.zoo.datasets import DataBundle
+
+logger = logging.getLogger(__name__)
+
+_NEIGHBOUR_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a run stands, for a display. GB are 2**30 bytes."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    samples_per_second: float | None
+    batch_size: int
+    free_gb: float
+    target_headroom_gb: float
+    loss: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    oom_events: int
+    seconds: float
+
+
+class ACMDSTrainer:
+    """Trains a classifier with a held memory headroom and a curriculum.
+
+    Args:
+        model: maps inputs (B, ...) to logits (B, C). Moved to the device.
+        dataset: map-style, of (image, label); a DifficultyAwareDataset keeps its scores.
+        optimizer: over the model's parameters.
+        config: CurriculumConfig, or a TrainConfig for its epochs and schedules.
+        device_id: CUDA device number, `"cuda:N"`, or `"cpu"` for a card on the CPU with a budget.
+        val_dataset: for `evaluate`; None: none.
+        bundle: how images become inputs; None: they are taken at their stored size.
+        memory: an open device to use in place of `device_id`.
+        recorder: where step and event rows go; None: only figures are kept.
+        loss_fn: (logits, targets) -> losses (B,), unreduced; None: cross-entropy.
+
+    Raises:
+        RuntimeError: CUDA is not available and the CPU was not asked for.
+
+    Example:
+        >>> with ACMDSTrainer(model, dataset, optimizer, CurriculumConfig(target_headroom_gb=2)) as trainer:
+        ...     for _ in range(10):
+        ...         print(trainer.train_epoch()["epoch_loss"])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        optimizer: torch.optim.Optimizer,
+        config: CurriculumConfig | None = None,
+        device_id: int | str | torch.device = 0,
+        *,
+        val_dataset: Dataset[Any] | None = None,
+        bundle: DataBundle | None = None,
+        memory: MemoryDevice | None = None,
+        recorder: Recorder | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> None:
+        self.config = config or CurriculumConfig()
+        self.controller = MemoryPressureController(device_id, self.config, memory=memory)
+        self.device = self.controller.device
+        self.recorder = recorder or Recorder(None, self.config.difficulty_window)
+        self._set_up_model(model, optimizer, loss_fn)
+        self._set_up_data(dataset, val_dataset, bundle)
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0
+        """Training time so far, without validation and checkpoints."""
+        self.last_epoch_loss: float | None = None
+        self.last_evaluation: dict[str, float] = {}
+        self.should_stop: Callable[[], bool] = lambda: False
+        self.on_progress: Callable[[Progress], None] | None = None
+        self._last_progress = 0.0
+        self._clock = StepClock(self.device)
+
+    def _set_up_model(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: LossFunction | None) -> None:
+        channels_last = self.config.channels_last and self.device.type == "cuda"
+        self.model = model.to(self.device)
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        if self.device.type == "cuda":
+            allow_tf32(self.config)
+        self.optimizer = optimizer
+        _move_optimizer_state(optimizer, self.device)
+        create_optimizer_state(optimizer)
+        dtype = amp_dtype(self.config, self.device)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.guard = Guard(self.model, optimizer, self.controller, scaler)
+        self.train_step = TrainStep(
+            self.model, self.guard, loss_fn or nn.CrossEntropyLoss(reduction="none"), dtype, channels_last
+        )
+        track_on_cpu(self.controller, list(model.parameters()), list(model.buffers()))
+        track_on_cpu(self.controller, [list(state.values()) for state in optimizer.state.values()])
+
+    def _set_up_data(self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None) -> None:
+        if isinstance(dataset, DifficultyAwareDataset):
+            self.dataset = dataset
+        else:
+            self.dataset = DifficultyAwareDataset(dataset, alpha=self.config.curriculum_alpha)
+        self.dataset.scores.to(self.device)
+        self.source = make_source(self.dataset.base_dataset, bundle, self.config, self.device, train=True)
+        self.val_source = make_source(val, bundle, self.config, self.device, train=False) if val is not None else None
+        self.total_epochs = self.config.epochs if isinstance(self.config, TrainConfig) else 10
+        self.sampler = AdaptiveCurriculumSampler(
+            self.dataset, self.controller, self.config, total_epochs=self.total_epochs
+        )
+
+    # --- progress
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]: of the samples, or of max_steps or max_seconds if nearer."""
+        share = (self.epoch + self.sampler.position / max(1, self.sampler.num_samples)) / self.total_epochs
+        if isinstance(self.config, TrainConfig):
+            if self.config.max_steps:
+                share = max(share, self.step / self.config.max_steps)
+            if self.config.max_seconds:
+                share = max(share, self.seconds / self.config.max_seconds)
+        return min(1.0, share)
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.total_epochs or self.progress >= 1.0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, as far as can be told now."""
+        position = self.epoch + self.sampler.position / max(1, self.sampler.num_samples)
+        expected = round(self.step / position * self.total_epochs) if position > 0 and self.step else 0
+        limit = self.config.max_steps if isinstance(self.config, TrainConfig) else None
+        return min(expected, limit) if limit and expected else (limit or expected)
+
+    # --- training
+
+    def train_epoch(self) -> dict[str, float]:
+        """Train on the rest of the present epoch.
+
+        Returns:
+            epoch_loss (mean unweighted loss of the samples trained on), samples, steps, samples_per_second, batch_size
+            (the present micro-batch) and oom_events, all of the run so far but epoch_loss.
+
+        Raises:
+            OutOfMemoryForGoodError: a step does not fit at any size.
+            DivergedError: the loss is not finite.
+        """
+        if self.sampler.position == 0:
+            self.sampler.set_epoch(self.epoch, self.progress)
+        self.model.train()
+        self.controller.begin_step()
+        clock = time.perf_counter()
+        plan = self.sampler.plan
+        with self.source.stream(
+            plan.order, plan.weights, epoch=self.epoch, start=self.sampler.position, augment=True
+        ) as stream:
+            while stream.remaining and not self.should_stop() and self.progress < 1.0:
+                self._one_step(stream, clock)
+                now = time.perf_counter()
+                self.seconds += now - clock
+                clock = now
+                self._report()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.sampler.position >= self.sampler.num_samples:
+            self.epoch += 1
+            self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
+        loss = self.last_epoch_loss = self.recorder.end_epoch()
+        figures = self.recorder.figures
+        return {
+            "epoch_loss": loss if loss is not None else float("nan"),
+            "samples": figures["samples"],
+            "steps": figures["steps"],
+            "samples_per_second": self.recorder.samples_per_second or 0.0,
+            "batch_size": self.controller.batch_size,
+            "oom_events": figures["oom_events"],
+        }
+
+    def _one_step(self, stream: EpochStream, began: float) -> None:
+        before = self.controller.reading
+        decision = self.controller.decide()
+        hold = self.config.batch_policy == "hold"
+        batch = stream.take(self.config.step_samples if hold else decision.batch)
+        track_on_cpu(self.controller, batch.inputs, batch.targets)
+        lr = self._set_lr(len(batch))
+        self._clock.start()
+        try:
+            result = self.guard.run(lambda micro: self.train_step(batch, micro), min(decision.batch, len(batch)))
+        except OutOfMemoryForGoodError as error:
+            for event in error.events:
+                self.recorder.out_of_memory(event, self._where(), recovered=False)
+            raise
+        sizes = parts(len(batch), result.micro_batch)
+        self._clock.stop(sizes[0], len(sizes), steady=not result.events)
+        self.dataset.scores.update(batch.indices, result.value)
+        self.sampler.position += len(batch)
+        self._observe(decision, batch, result, sizes, before.budget_bytes, before.alloc_retries, lr, began)
+        self.step += 1
+
+    def _observe(
+        self,
+        decision: Decision,
+        batch: Batch,
+        result: GuardedResult[torch.Tensor],
+        sizes: list[int],
+        budget_before: int,
+        retries_before: int,
+        lr: float,
+        began: float,
+    ) -> None:
+        for event in result.events:
+            self.recorder.out_of_memory(event, self._where(), recovered=True)
+        reading = self.controller.observe(sizes[0])
+        for size, seconds in self._clock.timings():
+            self.controller.time(size, seconds)
+        if abs(reading.budget_bytes - budget_before) > _NEIGHBOUR_SHARE * self.controller.vram_total:
+            change = (reading.budget_bytes - budget_before) / GIB
+            self._event("neighbour_change", reading.peak_allocated_bytes, f"the budget changed by {change:+.2f} GB")
+        if self.controller.wants_gc and self.controller.emergency_gc():
+            self._event("emergency_gc", reading.peak_allocated_bytes, "cached blocks were released")
+        row = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples_seen": int(self.recorder.figures["samples"]) + len(batch),
+            "effective_batch": len(batch),
+            "micro_batch": sizes[0],
+            "micro_batches": len(sizes),
+            "predicted_peak_gb": decision.predicted_peak_bytes / GIB if decision.predicted_peak_bytes else None,
+            "peak_allocated_gb": reading.peak_allocated_bytes / GIB,
+            "reserved_gb": reading.peak_reserved_bytes / GIB,
+            "budget_gb": reading.budget_bytes / GIB,
+            "headroom_gb": (reading.budget_bytes - reading.peak_reserved_bytes) / GIB,
+            "target_headroom_gb": self.config.target_headroom_gb,
+            "feed_forward_samples": decision.feed_forward,
+            "pid_p": decision.p,
+            "pid_i": decision.i,
+            "pid_d": decision.d,
+            "trim": decision.trim,
+            "next_micro_batch": decision.batch,
+            "reason": decision.reason,
+            "oom_events": len(result.events),
+            "alloc_retries": reading.alloc_retries - retries_before,
+            "seconds": time.perf_counter() - began,
+            "lr": lr,
+        }
+        self.recorder.step(
+            row,
+            result.value,
+            reserved_bytes=reading.peak_reserved_bytes,
+            budget_bytes=reading.budget_bytes,
+            headroom_bytes=self.controller.limits.headroom_bytes,
+        )
+
+    def _set_lr(self, batch: int) -> float:
+        factor = schedule_factor(self.config, self.progress) if isinstance(self.config, TrainConfig) else 1.0
+        if self.config.batch_policy == "free" and self.config.lr_scaling != "none":
+            power = {"linear": 1.0, "sqrt": 0.5}[self.config.lr_scaling]
+            factor *= min(1.0, batch / self.config.max_batch_size) ** power
+        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * factor
+        return self._base_lrs[0] * factor
+
+    def _where(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
+
+    def _event(self, kind: str, peak_bytes: int, message: str) -> None:
+        batch = self.controller.batch_size
+        self.recorder.event(
+            self._where(),
+            kind=kind,
+            micro_batch=batch,
+            next_micro_batch=batch,
+            budget_gb=self.controller.reading.budget_bytes / GIB,
+            peak_gb=peak_bytes / GIB,
+            shortage_gb=0.0,
+            attempt=0,
+            recovered=True,
+            message=message,
+        )
+
+    def _report(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.on_progress is None or (now - self._last_progress < 0.5 and not force):
+            return
+        self._last_progress = now
+        self.recorder.flush()
+        reading = self.controller.reading
+        self.on_progress(
+            Progress(
+                step=self.step,
+                total_steps=self.total_steps,
+                epoch=self.epoch,
+                samples_per_second=self.recorder.samples_per_second,
+                batch_size=self.controller.batch_size,
+                free_gb=(reading.budget_bytes - reading.peak_reserved_bytes) / GIB,
+                target_headroom_gb=self.config.target_headroom_gb,
+                loss=self.recorder.last_loss,
+                val_loss=self.last_evaluation.get("val_loss"),
+                val_accuracy=self.last_evaluation.get("val_accuracy"),
+                oom_events=int(self.recorder.figures["oom_events"]),
+                seconds=self.seconds,
+            )
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """val_loss (mean cross-entropy) and val_accuracy (fraction) on the validation set; empty without one.
+
+        An out-of-memory error here halves the batch and starts over; nothing is lost, since nothing changes.
+        """
+        if self.val_source is None:
+            return {}
+        batch = self.controller.batch_size
+        while True:
+            try:
+                with self.controller.memory.watch(), torch.no_grad():
+                    self.last_evaluation = self._evaluate(batch)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error) or batch == 1:
+                    raise
+            batch = max(1, batch // 2)
+            self.controller.memory.release_cache()
+        self.controller.begin_step()
+        self._report(force=True)
+        return self.last_evaluation
+
+    def _evaluate(self, batch_size: int) -> dict[str, float]:
+        assert self.val_source is not None
+        training = self.model.training
+        self.model.eval()
+        try:
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for batch in _in_batches(self.val_source, batch_size):
+                logits = self.train_step.logits(batch.inputs)
+                losses = self.train_step.loss_fn(logits, batch.targets)
+                right = (logits.argmax(dim=-1) == batch.targets).sum()
+                sums += torch.stack((losses.double().sum(), right.double()))
+            loss, right_count = (sums / len(self.val_source)).tolist()
+        finally:
+            self.model.train(training)
+        return {"val_loss": loss, "val_accuracy": right_count}
+
+    def fit(self, on_epoch: Callable[[dict[str, float]], None] | None = None) -> None:
+        """Train and validate until the configured end or `should_stop`; `on_epoch` is called after each epoch."""
+        while not self.finished and not self.should_stop():
+            figures = self.train_epoch()
+            figures |= self.evaluate()
+            if on_epoch is not None:
+                on_epoch(figures)
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to continue, as tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.guard.scaler.state_dict() if self.guard.scaler is not None else {},
+            "controller": self.controller.state_dict(),
+            "scores": self.dataset.scores.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "trainer": {
+                "epoch": self.epoch,
+                "step": self.step,
+                "seconds": self.seconds,
+                "base_lrs": self._base_lrs,
+                "last_evaluation": self.last_evaluation,
+            },
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+            "config": to_dict(self.config),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            CheckpointError: it belongs to another model, optimizer or data set.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.dataset.scores.load_state_dict(state["scores"])
+            if self.guard.scaler is not None and state["scaler"]:
+                self.guard.scaler.load_state_dict(state["scaler"])
+            self.controller.load_state_dict(state["controller"])
+            self.sampler.load_state_dict(state["sampler"])
+            trainer = state["trainer"]
+            self.epoch, self.step, self.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
+            self._base_lrs = trainer["base_lrs"]
+            self.last_evaluation = trainer["last_evaluation"]
+            torch.set_rng_state(state["rng"]["cpu"].cpu())
+            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this model, optimizer or data set: {error}") from None
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write a checkpoint; a reader sees the old file or the whole new one."""
+        self.recorder.flush()
+        checkpoint.save(path, self.state_dict())
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, foreign, or does not fit.
+        """
+        self.load_state_dict(checkpoint.load(path))
+
+    def shutdown(self) -> None:
+        """Stop the monitor and the workers, write what is pending, give the device back. Idempotent."""
+        self.controller.shutdown()
+        self.source.close()
+        if self.val_source is not None:
+            self.val_source.close()
+        self.recorder.close()
+
+    def __enter__(self) -> ACMDSTrainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+
+RTX3090ACMDSTrainer = ACMDSTrainer
+
+
+def _move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """A model moved after its optimizer has stepped leaves the optimizer's state behind."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[name] = value.to(device)
+
+
+def _in_batches(source: DataSource, batch_size: int) -> Iterator[Batch]:
+    with source.stream(np.arange(len(source)), epoch=0) as stream:
+        while stream.remaining:
+            yield stream.take(batch_size)

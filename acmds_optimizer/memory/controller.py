@@ -1,0 +1,300 @@
+"""The controller that a training loop talks to: a thin shell that feeds the law with readings of a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import queue
+import threading
+from typing import Any
+
+import torch
+
+from acmds_optimizer.config import GIB, CurriculumConfig
+from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.memory import law
+from acmds_optimizer.memory.device import MemoryDevice, MemoryReading, open_memory
+from acmds_optimizer.memory.model import PeakModel, TimeModel
+
+_REFERENCE_CARD_GB = 24.0
+_QUEUE_LENGTH = 1000
+_GC_PAUSE_STEPS = 50
+
+
+class MemoryPressureLevel(enum.Enum):
+    """How little memory is free. GB are for a card of 24 GB; other cards in proportion."""
+
+    CRITICAL = "critical"
+    """Less than 1 GB."""
+    HIGH = "high"
+    """1 to 3 GB."""
+    MODERATE = "moderate"
+    """3 to 6 GB."""
+    LOW = "low"
+    """More than 6 GB."""
+
+
+class MemoryPressureController:
+    """Holds a headroom of device memory by choosing the micro-batch of each step.
+
+    Args:
+        device_id: number of a CUDA device, or `"cuda:N"`, or `"cpu"` for a card on the CPU with a byte budget.
+        config: settings; None: the defaults.
+        memory: an open device to use in place of `device_id`; it is not closed on shutdown.
+
+    Raises:
+        RuntimeError: CUDA is not available and the CPU was not asked for.
+        ConfigError: the headroom leaves nothing of the card.
+
+    Example:
+        >>> controller = MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=1, target_headroom_gb=0.2))
+        >>> decision = controller.decide()           # before the step: how many samples
+        >>> controller.observe(decision.batch)       # after it: what it needed
+    """
+
+    def __init__(
+        self,
+        device_id: int | str | torch.device = 0,
+        config: CurriculumConfig | None = None,
+        *,
+        memory: MemoryDevice | None = None,
+    ) -> None:
+        self.config = config or CurriculumConfig()
+        self._owns_memory = memory is None
+        self.memory = memory or open_memory(device_id, self.config.memory_limit_gb)
+        self.device = self.memory.device
+        self.vram_total = self.memory.total_bytes or int(_REFERENCE_CARD_GB * GIB)
+        """Bytes of the card, or of the limit set below it; 24 GiB where detection fails."""
+        if self.config.target_headroom_gb * GIB >= self.vram_total:
+            raise ConfigError(
+                "memory",
+                [
+                    f"target_headroom_gb {self.config.target_headroom_gb:g} leaves nothing of "
+                    f"{self.vram_total / GIB:.3g} GB; set a smaller --target-headroom-gb"
+                    + (" or a larger --memory-limit-gb" if self.config.memory_limit_gb else "")
+                ],
+            )
+        self.limits = law.Limits.from_config(self.config)
+        self.state = law.State()
+        self.step = 0
+        self.metrics_queue: queue.Queue[MemoryReading] = queue.Queue(maxsize=_QUEUE_LENGTH)
+        """Newest readings of the monitor thread; when it is full the oldest is dropped."""
+        self._reading = self.memory.read()
+        self._reserved_ratio = 1.0
+        self._highest_allocated = 0
+        self._next_gc_step = 0
+        self._monitor: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    # --- the loop's side
+
+    @property
+    def reading(self) -> MemoryReading:
+        """The device as read at the last step boundary."""
+        return self._reading
+
+    @property
+    def batch_size(self) -> int:
+        """The present micro-batch, in samples."""
+        return self.state.batch or law.first_batch(self.limits)
+
+    def decide(self, sample_work: float = 1.0) -> law.Decision:
+        """The micro-batch for the coming step.
+
+        Args:
+            sample_work: size of the largest coming sample relative to the usual one; 1 where all are alike.
+        """
+        self.state, decision = law.decide(
+            self.state, self.limits, self._reading.budget_bytes, sample_work, self.step
+        )
+        return decision
+
+    def begin_step(self) -> None:
+        """Start the peak of a step. `observe` does it for the next one."""
+        self.memory.reset_peak()
+
+    def observe(self, batch: int, *, work: float | None = None, base_bytes: int | None = None) -> MemoryReading:
+        """Learn from a finished step: reads the peak once, and starts the next.
+
+        Args:
+            batch: samples in its largest micro-batch.
+            work: its work; None: `batch`.
+            base_bytes: allocated between steps; None: as read now.
+
+        Returns:
+            The reading, whose peaks are those of the step.
+        """
+        self._reading = reading = self.memory.read()
+        self.memory.reset_peak()
+        self._learn_reserved_ratio(reading)
+        seen = law.Observation(
+            step=self.step,
+            batch=batch,
+            work=work if work is not None else float(batch),
+            peak_bytes=reading.peak_allocated_bytes * self._reserved_ratio,
+            base_bytes=float(base_bytes if base_bytes is not None else reading.allocated_bytes),
+            budget_bytes=reading.budget_bytes,
+        )
+        self.state = law.observe(self.state, seen, self.limits)
+        self.step += 1
+        return reading
+
+    def time(self, batch: int, seconds: float) -> None:
+        """Learn the seconds of one micro-batch of `batch` samples; apart from `observe`, since a GPU tells it later."""
+        self.state = law.time(self.state, batch, seconds, self.limits)
+
+    def out_of_memory(self, batch: int, shortage_bytes: int = 0, *, work: float | None = None) -> law.Decision:
+        """Learn from an out-of-memory error, after the step was undone; the decision is the size to repeat it with."""
+        self.memory.release_cache()
+        self._reading = self.memory.read()
+        self.memory.reset_peak()
+        self._highest_allocated = 0
+        failure = law.Failure(
+            step=self.step,
+            batch=batch,
+            work=work if work is not None else float(batch),
+            budget_bytes=self._reading.budget_bytes,
+            shortage_bytes=shortage_bytes,
+        )
+        self.state, decision = law.fail(self.state, failure, self.limits)
+        return decision
+
+    def _learn_reserved_ratio(self, reading: MemoryReading) -> None:
+        # reserved never falls by itself, so it belongs to the highest allocated since the cache was last released
+        if reading.peak_allocated_bytes >= 0.98 * self._highest_allocated and reading.peak_allocated_bytes > 0:
+            self._highest_allocated = max(self._highest_allocated, reading.peak_allocated_bytes)
+            ratio = reading.peak_reserved_bytes / reading.peak_allocated_bytes
+            self._reserved_ratio += 0.3 * (max(1.0, min(ratio, 2.0)) - self._reserved_ratio)
+
+    @property
+    def wants_gc(self) -> bool:
+        """Whether at the last step boundary cached blocks held what should be free."""
+        reading = self._reading
+        free = reading.budget_bytes - reading.reserved_bytes
+        cached = reading.reserved_bytes - reading.allocated_bytes
+        return cached > 0 and self.step >= self._next_gc_step and free < self.limits.headroom_bytes
+
+    def emergency_gc(self) -> bool:
+        """Release cached blocks if less than `gc_threshold_gb` (never more than the headroom) is free.
+
+        Returns:
+            Whether it was done. It is not repeated within 50 steps of one that released less than 1 % of the card.
+        """
+        before = self.memory.read()
+        threshold = min(self.config.gc_threshold_gb, self.config.target_headroom_gb) * GIB
+        if before.budget_bytes - before.reserved_bytes >= threshold or self.step < self._next_gc_step:
+            return False
+        self.memory.release_cache()
+        after = self.memory.read()
+        self._reading = dataclasses.replace(self._reading, budget_bytes=after.budget_bytes)
+        self._highest_allocated = 0
+        released = before.reserved_bytes - after.reserved_bytes
+        self._next_gc_step = self.step + (_GC_PAUSE_STEPS if released < 0.01 * self.vram_total else 1)
+        return True
+
+    # --- what others ask
+
+    def get_pressure_level(self) -> MemoryPressureLevel:
+        """How little is free now of what this process may hold; cached blocks count as free."""
+        free = self.memory.read().free_bytes / self.vram_total * _REFERENCE_CARD_GB
+        if free < 1.0:
+            return MemoryPressureLevel.CRITICAL
+        if free < 3.0:
+            return MemoryPressureLevel.HIGH
+        if free <= 6.0:
+            return MemoryPressureLevel.MODERATE
+        return MemoryPressureLevel.LOW
+
+    def get_difficulty_capacity(self) -> float:
+        """How much room there is for costly samples: 0 where pressure is critical, 1 where it is low, linear between.
+
+        Free memory is taken as a share of the card, so it means the same on every card.
+        """
+        free = self.memory.read().free_bytes / self.vram_total * _REFERENCE_CARD_GB
+        return min(1.0, max(0.0, (free - 1.0) / 5.0))
+
+    def adaptive_batch_size(self, base_batch_size: int, sample_difficulty: float = 0.0) -> int:
+        """A batch of at most `base_batch_size` samples for samples of this difficulty, as memory allows.
+
+        Where the difficulty exceeds the present capacity the batch is smaller in that proportion. More free memory
+        never gives a smaller batch.
+
+        Args:
+            base_batch_size: samples wanted.
+            sample_difficulty: 0 (easy, small) to 1 (hard, large).
+
+        Returns:
+            A size in [min_batch_size, max_batch_size].
+        """
+        if not 0.0 <= sample_difficulty <= 1.0:
+            raise ValueError(f"sample_difficulty {sample_difficulty} is outside [0, 1]")
+        size = min(base_batch_size, self.config.max_batch_size)
+        if self.state.peaks.known:
+            size = min(size, self.batch_size)
+        capacity = self.get_difficulty_capacity()
+        if sample_difficulty > capacity:
+            size = math.floor(size * capacity / sample_difficulty)
+        return max(self.config.min_batch_size, size)
+
+    # --- the monitor
+
+    def start_monitoring(self, interval_ms: int = 50) -> None:
+        """Start the thread that puts a reading into `metrics_queue` every `interval_ms` milliseconds. Idempotent."""
+        if interval_ms <= 0:
+            raise ValueError(f"interval_ms {interval_ms} must be positive")
+        if self._monitor is not None and self._monitor.is_alive():
+            return
+        self._stop.clear()
+        self._monitor = threading.Thread(
+            target=self._watch, args=(interval_ms / 1000,), name="acmds-memory-monitor", daemon=True
+        )
+        self._monitor.start()
+
+    def _watch(self, interval_s: float) -> None:
+        while not self._stop.wait(interval_s):
+            reading = self.memory.read()
+            try:
+                self.metrics_queue.put_nowait(reading)
+            except queue.Full:
+                try:
+                    self.metrics_queue.get_nowait()
+                except queue.Empty:
+                    pass
+                self.metrics_queue.put(reading)
+
+    def shutdown(self) -> None:
+        """Stop the monitor and give the device back. Idempotent."""
+        self._stop.set()
+        if self._monitor is not None:
+            self._monitor.join(timeout=5.0)
+            self._monitor = None
+        if self._owns_memory:
+            self.memory.close()
+            self._owns_memory = False
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learned, as plain numbers."""
+        scalars = {
+            name: getattr(self.state, name)
+            for name in (field.name for field in dataclasses.fields(self.state))
+            if name not in ("peaks", "times")
+        }
+        return {
+            "step": self.step,
+            "reserved_ratio": self._reserved_ratio,
+            "highest_allocated": self._highest_allocated,
+            "law": scalars,
+            "peaks": self.state.peaks.state_dict(),
+            "times": [[size, list(values)] for size, values in self.state.times.timings],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.step = state["step"]
+        self._reserved_ratio = state["reserved_ratio"]
+        self._highest_allocated = state["highest_allocated"]
+        times = TimeModel(tuple((int(size), tuple(values)) for size, values in state["times"]))
+        self.state = law.State(**state["law"], peaks=PeakModel.from_state_dict(state["peaks"]), times=times)

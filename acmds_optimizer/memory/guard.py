@@ -1,0 +1,322 @@
+"""What an out-of-memory error is, and a step that can be undone.
+
+A retry that only zeroes the gradients leaves another state behind: BatchNorm statistics, dropout's random numbers, a
+half-applied foreach optimizer. `Guard` rolls all of it back, outside the `except` block (a kept exception keeps
+every tensor of the failed step alive through its traceback), asks the controller for a smaller size and runs again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from acmds_optimizer.config import GIB
+from acmds_optimizer.errors import OutOfMemoryForGoodError
+from acmds_optimizer.memory.controller import MemoryPressureController
+from acmds_optimizer.memory.device import BudgetedCpuMemory
+
+Result = TypeVar("Result")
+
+_MESSAGES = (
+    "cuda out of memory",
+    "cuda error: out of memory",
+    "cuda driver error: out of memory",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_host_allocation_failed",
+    "cublas_status_alloc_failed",
+    "cusolver_status_alloc_failed",
+    "cusparse_status_insufficient_resources",
+    "unable to find an engine to execute this computation",  # cuDNN with no room for any workspace
+    "defaultcpuallocator: can't allocate memory",
+    "defaultcpuallocator: not enough memory",
+    "cudaerrormemoryallocation",
+)
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the CPU's allocator, had no memory left.
+
+    Recognised are `torch.OutOfMemoryError`, and the RuntimeError and `torch.AcceleratorError` variants of CUDA, the
+    driver, cuDNN, cuBLAS and the CPU allocator, by their messages.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    return any(message in text for message in _MESSAGES)
+
+
+def shortage_bytes(message: str) -> int:
+    """What was missing by the words of an out-of-memory error: asked for less free; 0 where they do not say."""
+    asked = re.search(r"allocate ([\d.]+) (bytes|[KMGT]iB)", message)
+    if not asked:
+        return 0
+    size = float(asked[1]) * _UNITS[asked[2]]
+    free = re.search(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", message)
+    held = re.search(r"budget of ([\d.]+) MiB of which ([\d.]+) MiB are allocated", message)
+    if held:
+        return max(0, int(size - (float(held[1]) - float(held[2])) * 2**20))
+    return max(0, int(size - (float(free[1]) * _UNITS[free[2]] if free else 0)))
+
+
+class Stateful(Protocol):
+    """Anything with the two methods that PyTorch's own parts have."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class OutOfMemoryEvent:
+    """One out-of-memory error that was caught, in a guarded step."""
+
+    attempt: int
+    micro_batch: int
+    next_micro_batch: int
+    shortage_bytes: int
+    budget_bytes: int
+    peak_bytes: int
+    message: str
+
+
+@dataclass(frozen=True)
+class GuardedResult(Generic[Result]):
+    """What a guarded step returned, the size it ran with in the end, and the errors on the way."""
+
+    value: Result
+    micro_batch: int
+    events: tuple[OutOfMemoryEvent, ...]
+
+
+class Guard:
+    """Runs optimizer steps so that an out-of-memory error leaves no trace but a smaller micro-batch.
+
+    Args:
+        model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
+        optimizer: a fused one with a single parameter group is atomic and needs no copy; others are copied just
+            before they step, on the device, or on the host where the copy itself does not fit.
+        controller: is asked for the next size, and told of every error.
+        scaler: a GradScaler whose state belongs to the step.
+        others: anything else with `state_dict`/`load_state_dict` that a step changes.
+
+    Example:
+        >>> def attempt(micro_batch):                        # one optimizer step, in pieces of micro_batch samples
+        ...     for x, y in zip(inputs.split(micro_batch), targets.split(micro_batch)):
+        ...         (loss_fn(model(x), y) * len(x) / len(inputs)).backward()
+        ...     guard.optimizer_step()
+        >>> guard.run(attempt, controller.decide().batch)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        controller: MemoryPressureController,
+        scaler: torch.amp.GradScaler | None = None,
+        others: tuple[Stateful, ...] = (),
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.controller = controller
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.others = others
+        self._undo_optimizer: Callable[[], None] | None = None
+        self._copy_on_host = False
+
+    def run(self, attempt: Callable[[int], Result], micro_batch: int) -> GuardedResult[Result]:
+        """Run `attempt(micro_batch)`; after an out-of-memory error undo it and run it again, smaller.
+
+        Gradients are dropped before each attempt. Any other error is raised untouched.
+
+        Raises:
+            OutOfMemoryForGoodError: it failed at micro-batch 1, or `max_oom_retries` times in a row.
+        """
+        undo = self._remember()
+        events: list[OutOfMemoryEvent] = []
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            message = None
+            try:
+                with self.controller.memory.watch():
+                    value = attempt(micro_batch)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = str(error)
+            # here the exception is gone, and with it the tensors of the failed attempt
+            if message is None:
+                self._undo_optimizer = None
+                return GuardedResult(value, micro_batch, tuple(events))
+            undo()
+            events.append(self._shrink(message, micro_batch, len(events) + 1))
+            if micro_batch == 1 and not self._try_host_copy(len(events)):
+                raise OutOfMemoryForGoodError(self._advice(events[-1], "even one sample does not fit"), events)
+            if len(events) > self.controller.config.max_oom_retries:
+                raise OutOfMemoryForGoodError(self._advice(events[-1], f"{len(events)} tries in a row failed"), events)
+            micro_batch = events[-1].next_micro_batch
+
+    def optimizer_step(self) -> None:
+        """Step the optimizer (through the scaler, if any) so that a failure in it can be undone."""
+        self._undo_optimizer = self._remember_optimizer()
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+
+    def _shrink(self, message: str, micro_batch: int, attempt: int) -> OutOfMemoryEvent:
+        peak = self.controller.memory.read().peak_allocated_bytes
+        shortage = shortage_bytes(message)
+        decision = self.controller.out_of_memory(micro_batch, shortage)
+        return OutOfMemoryEvent(
+            attempt=attempt,
+            micro_batch=micro_batch,
+            next_micro_batch=decision.batch,
+            shortage_bytes=shortage,
+            budget_bytes=self.controller.reading.budget_bytes,
+            peak_bytes=peak,
+            message=message.splitlines()[0],
+        )
+
+    def _try_host_copy(self, errors: int) -> bool:
+        """At micro-batch 1 the device copy of the optimizer's state may be what does not fit: try once without it."""
+        if self._copy_on_host or self._is_atomic() or self.controller.device.type == "cpu":
+            return False
+        self._copy_on_host = True
+        return errors <= self.controller.config.max_oom_retries
+
+    def _advice(self, event: OutOfMemoryEvent, what: str) -> str:
+        return (
+            f"out of memory: {what} (micro-batch {event.micro_batch}, budget {event.budget_bytes / GIB:.3g} GB). "
+            "Try --gradient-checkpointing, a smaller --image-size or model, a larger --memory-limit-gb, "
+            f"or free memory held by other processes. The last error was: {event.message}"
+        )
+
+    # --- what a step changes
+
+    def _remember(self) -> Callable[[], None]:
+        """Keep what forward and backward change; the result puts it back."""
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        cpu_rng = torch.get_rng_state()
+        device = self.controller.device
+        device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        scaler_state = _scaler_state(self.scaler)
+        others = [(other, other.state_dict()) for other in self.others]
+
+        def undo() -> None:
+            if self._undo_optimizer is not None:
+                self._undo_optimizer()
+                self._undo_optimizer = None
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+            torch.set_rng_state(cpu_rng)
+            if device_rng is not None:
+                torch.cuda.set_rng_state(device_rng, device)
+            _restore_scaler(self.scaler, scaler_state)
+            for other, state in others:
+                other.load_state_dict(state)
+
+        return undo
+
+    def _is_atomic(self) -> bool:
+        groups = self.optimizer.param_groups
+        if len(groups) != 1 or not groups[0].get("fused"):
+            return False
+        parameters = [p for p in groups[0]["params"] if p.requires_grad]
+        return len({(p.device, p.dtype) for p in parameters}) == 1 and all(p in self.optimizer.state for p in parameters)
+
+    def _remember_optimizer(self) -> Callable[[], None]:
+        """Keep what the optimizer changes. A fused kernel allocates nothing, so there only its step counts are kept."""
+        atomic = self._is_atomic()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        fresh = [p for p in parameters if p not in self.optimizer.state]
+        if not atomic:
+            kept += [(p.data, self._copy(p.data)) for p in parameters]
+        scalars = []
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if not isinstance(value, torch.Tensor):
+                    scalars.append((state, name, value))
+                elif not atomic or value.dim() == 0:
+                    kept.append((value, self._copy(value)))
+
+        def undo() -> None:
+            with torch.no_grad():
+                for tensor, copy in kept:
+                    tensor.copy_(copy)
+            for state, name, value in scalars:
+                state[name] = value
+            for parameter in fresh:
+                self.optimizer.state.pop(parameter, None)
+
+        return undo
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True) if self._copy_on_host else tensor.detach().clone()
+
+
+def _scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, Any] | None:
+    """A copy of all that a GradScaler holds, without the host sync that its `state_dict` costs."""
+    if scaler is None:
+        return None
+    return {
+        name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in vars(scaler).items()
+        if name != "_per_optimizer_states"
+    }
+
+
+def _restore_scaler(scaler: torch.amp.GradScaler | None, state: dict[str, Any] | None) -> None:
+    if scaler is None or state is None:
+        return
+    for name, value in state.items():
+        # the scale is a tensor that captured graphs may hold: write into it rather than put another in its place
+        present = getattr(scaler, name)
+        if isinstance(present, torch.Tensor) and isinstance(value, torch.Tensor):
+            present.copy_(value)
+        else:
+            setattr(scaler, name, value)
+    scaler._per_optimizer_states.clear()  # which optimizers were unscaled in the failed attempt
+
+
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of Adam, AdamW or SGD ahead, so that it is there before memory is learned.
+
+    Takes one step with zero gradients, learning rate and weight decay, and sets the state to zero again, which is how
+    these three begin. Other optimizers, and one that has stepped, are left alone.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) or any(p in optimizer.state for p in parameters):
+        return
+    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    grads = [p.grad for p in parameters]
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = group["lr"] * 0.0, 0.0
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
+        group["lr"], group["weight_decay"] = lr, weight_decay
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+        for value in optimizer.state[parameter].values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def track_on_cpu(controller: MemoryPressureController, *values: Any) -> None:
+    """Count these tensors on the card on the CPU; a CUDA device counts its own."""
+    if isinstance(controller.memory, BudgetedCpuMemory):
+        for value in values:
+            controller.memory.track(value)
