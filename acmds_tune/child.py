@@ -1,0 +1,254 @@
+"""One trial in a process of its own, watched from outside. Knows nothing of Ray or Optuna.
+
+The process is forked from a fork server that has torch imported already, so it starts in a fraction of a second, and
+whatever the trial leaves behind (a CUDA context, leaked memory, worker processes) goes when it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from acmds_tune.objective import (
+    DEFAULT_OBJECTIVE,
+    Ended,
+    evaluate,
+    figures_so_far,
+    load_objective,
+    read_outcome,
+    write_outcome,
+)
+
+logger = logging.getLogger(__name__)
+
+PRELOADED = ["torch", "acmds_optimizer.engine.run", "acmds_tune.child"]
+"""Imported once in the fork server, not again in every trial."""
+
+STOP_GRACE_S = 20.0
+"""Seconds that a trial has for its last step and its files after it is asked to stop."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one trial needs to know. Plain values, so that it can travel as JSON."""
+
+    number: int
+    seed: int
+    settings: Mapping[str, Any]
+    directory: str
+    """Absolute path of the trial's folder."""
+
+    objective: str = DEFAULT_OBJECTIVE
+    working_directory: str = ""
+    """Where relative paths of the settings start; empty: wherever the process is."""
+
+    import_path: list[str] = field(default_factory=list)
+    """Entries of sys.path of the search, so that the user's own modules are found."""
+
+    sharers: int = 1
+    """Trials at once on this machine; each takes its part of the cores."""
+
+    trial_timeout_s: float | None = None
+    silence_timeout_s: float | None = None
+
+
+class TrialProcess:
+    """A running trial. `poll` until `ended` is set; `kill` at any time."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.ended: Ended | None = None
+        self._progress: dict[str, Any] | None = None
+        self._message: Ended | None = None
+        self._stop_reason = ""
+        self._stop_deadline = float("inf")
+        self._started = self._heard = time.monotonic()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = str(max(1, cores // task.sharers))
+        os.environ["OMP_NUM_THREADS"] = threads  # Ray sets 1; torch reads it when the fork server imports it
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._receive, send = context.Pipe(duplex=False)
+        self._process = context.Process(target=_main, args=(task, send), name=f"trial-{task.number}")
+        with _main_module_hidden():
+            self._process.start()
+        send.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the trial, which also leads its process group."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self, wait_s: float) -> dict[str, Any] | None:
+        """Wait for news, `wait_s` seconds at most. Returns the newest progress report if there is one.
+
+        Sets `ended` once the trial is over and its process gone.
+        """
+        if self.ended is not None:
+            return None
+        ready = wait([self._receive, self._process.sentinel], wait_s)
+        news = self._drain() if ready else None
+        now = time.monotonic()
+        if self._message is not None:
+            self._process.join(STOP_GRACE_S)  # its memory is free only when it is gone
+            self._finish(self._message)
+        elif self._process.sentinel in ready:
+            self._process.join()
+            self._finish(self._death())
+        elif now > self._stop_deadline:
+            self._finish(self._so_far("stopped", self._stop_reason))
+        elif self.task.trial_timeout_s is not None and now - self._started > self.task.trial_timeout_s:
+            self._finish(self._so_far("timeout", f"had not ended after {self.task.trial_timeout_s:g} s"))
+        elif self.task.silence_timeout_s is not None and now - self._heard > self.task.silence_timeout_s:
+            self._finish(self._so_far("timeout", f"gave no sign of progress for {self.task.silence_timeout_s:g} s"))
+        return news
+
+    def stop(self, reason: str) -> None:
+        """Ask the trial to end at its next step; after STOP_GRACE_S it is killed. Its status is then `stopped`."""
+        if self._stop_reason or self.ended is not None:
+            return
+        self._stop_reason = reason
+        self._stop_deadline = time.monotonic() + STOP_GRACE_S
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the trial's process and its workers now."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self._process.exitcode is None:  # it has not made its own group yet
+            self._process.kill()
+        self._process.join()
+
+    def _drain(self) -> dict[str, Any] | None:
+        news = None
+        with contextlib.suppress(EOFError, OSError):  # cut off in the middle of a message
+            while self._receive.poll():
+                kind, content = self._receive.recv()
+                self._heard = time.monotonic()
+                if kind == "ended":
+                    self._message = content
+                elif kind == "progress":
+                    known = {key: value for key, value in content.items() if value is not None}
+                    self._progress = {**(self._progress or {}), **known}
+                    news = content
+        return news
+
+    def _death(self) -> Ended:
+        told = read_outcome(Path(self.task.directory))
+        if told is not None:
+            return told
+        if self._stop_reason:
+            return self._so_far("stopped", self._stop_reason)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            how = f"its process was killed by {signal.Signals(-code).name}"
+            how += " (by the system, perhaps because host memory was full)" if -code == signal.SIGKILL else ""
+        else:
+            how = f"its process ended with exit code {code} and without a result"
+        return self._so_far("crashed", f"{how}; see trials/{self.task.number:04d}/log.txt")
+
+    def _so_far(self, status: str, reason: str) -> Ended:
+        return Ended(status, reason, figures_so_far(self._progress))
+
+    def _finish(self, ended: Ended) -> None:
+        self.kill()
+        self._receive.close()
+        if ended.status == "stopped" and self._stop_reason:
+            ended = replace(ended, reason=self._stop_reason)
+        self.ended = replace(ended, seconds=time.monotonic() - self._started)
+        write_outcome(Path(self.task.directory), self.task.number, self.task.seed, self.ended)
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keep multiprocessing from running the main script (of Ray, of pytest) again in every trial."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _main(task: Task, send: Connection) -> None:
+    """What the trial's process does."""
+    _die_with_parent()
+    os.setsid()  # a group of its own: Ctrl-C goes to the search only, and its workers can be ended with it
+    stop_asked = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal stop_asked
+        stop_asked = True
+
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    directory = Path(task.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _log_to(directory / "log.txt")
+    if task.working_directory:
+        os.chdir(task.working_directory)
+    sys.path[:0] = [entry for entry in task.import_path if entry not in sys.path]
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+    def report(progress: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the search is gone, and so will this process be
+            send.send(("progress", progress))
+
+    try:
+        objective = load_objective(task.objective)
+    except Exception as error:  # noqa: BLE001 - a module that cannot be imported is an outcome like any other
+        ended = Ended("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    else:
+        ended = evaluate(objective, task.settings, directory, report, lambda: stop_asked)
+    write_outcome(directory, task.number, task.seed, ended)
+    send.send(("ended", ended))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing that the trial left running may delay the next one
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the fork server ends, which ends with the process that started it."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os._exit(1)
+    with contextlib.suppress(OSError):  # where host memory is full, the trial goes first, not the search
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def _log_to(path: Path) -> None:
+    """Send all that this process prints or logs to a file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
+    sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115 - a descriptor
+    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115 - a descriptor
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+
+
+def task_to_plain(task: Task) -> dict[str, Any]:
+    """`task` as plain values."""
+    return asdict(task)

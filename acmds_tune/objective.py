@@ -1,0 +1,158 @@
+"""One configuration -> one training run -> a trial's figures. Knows nothing of Ray, Optuna or processes.
+
+The default objective is `run`. Any function with its signature can take its place; it is named as
+`package.module:function`, because a trial runs in a process of its own that must be able to import it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acmds_optimizer.config import TrainConfig, build
+from acmds_optimizer.errors import ConfigError, OutOfMemoryForGoodError
+from acmds_tune.columns import FIGURES
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OBJECTIVE = "acmds_tune.objective:run"
+
+Report = Callable[[dict[str, Any]], None]
+ShouldStop = Callable[[], bool]
+Objective = Callable[[Mapping[str, Any], Path, Report, ShouldStop], dict[str, Any]]
+"""(settings, folder of the trial, report progress, asked to stop?) -> figures by their names in trials.csv.
+
+`stopped_early` among them, if it is there, tells whether a trial that was asked to stop did so before its end."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended: one of acmds_tune.columns.STATUSES, why in one line, and what was measured until then."""
+
+    status: str
+    reason: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Wall time of the whole trial."""
+
+
+def run(settings: Mapping[str, Any], directory: Path, report: Report, should_stop: ShouldStop) -> dict[str, Any]:
+    """Train as `settings` say, with all outputs in `directory`.
+
+    Raises:
+        ConfigError: the settings do not go together.
+        OutOfMemoryForGoodError: nothing fits; `partial` has what was measured.
+    """
+    from acmds_optimizer.engine.run import run_training  # imports torch
+
+    config = build(TrainConfig, {**settings, "output_dir": str(directory)}, "settings of the trial")
+    outcome = run_training(
+        config,
+        output_dir=directory,
+        on_progress=lambda progress: report(asdict(progress)),
+        should_stop=should_stop,
+    )
+    return figures_of(asdict(outcome)) | {"stopped_early": outcome.stopped_early}
+
+
+def figures_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that trials.csv has a column for and that were measured (no None, no NaN)."""
+    names = [column.name for column in FIGURES]
+    return {name: values[name] for name in names if name in values and _is_measured(values[name])}
+
+
+def figures_so_far(progress: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the last progress report of a trial that ended badly says about its figures."""
+    values = dict(progress or {})
+    for ours, theirs in (("steps", "step"), ("train_loss", "loss")):
+        values.setdefault(ours, values.get(theirs))
+    return figures_of(values)
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and math.isfinite(value)
+
+
+def load_objective(name: str) -> Objective:
+    """The function called `package.module:function`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(name, [f"is not an importable function: {error}"]) from None
+
+
+def evaluate(
+    objective: Objective, settings: Mapping[str, Any], directory: Path, report: Report, should_stop: ShouldStop
+) -> Ended:
+    """Run one trial to whatever end it has. Everything but the death of the process is an `Ended`.
+
+    The trial's folder gets traceback.txt where an exception ended it.
+    """
+    last: dict[str, Any] = {}
+
+    def remember(progress: dict[str, Any]) -> None:
+        last.update((key, value) for key, value in progress.items() if value is not None)
+        report(progress)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    try:
+        figures = objective(settings, directory, remember, should_stop)
+    except OutOfMemoryForGoodError as error:
+        partial = getattr(error, "partial", None)
+        figures = figures_so_far(last) | (figures_of(asdict(partial)) if partial is not None else {})
+        ended = Ended("oom", _one_line(error), _counting_the_last(figures))
+    except MemoryError as error:
+        ended = Ended("error", f"host memory is full: {_one_line(error)}", figures_so_far(last))
+    except Exception as error:  # noqa: BLE001 - whatever a trial raises is a row of the table, never the end of a search
+        status = "oom" if type(error).__name__ == "OutOfMemoryError" else "error"  # torch's, without importing torch
+        figures = figures_so_far(last)
+        (directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        ended = Ended(status, reason, _counting_the_last(figures) if status == "oom" else figures)
+    else:
+        stopped = should_stop() and figures.get("stopped_early", True)
+        ended = Ended("stopped" if stopped else "ok", "asked to stop" if stopped else "finished", figures_of(figures))
+    return Ended(ended.status, ended.reason, ended.figures, time.monotonic() - start)
+
+
+def _counting_the_last(figures: dict[str, Any]) -> dict[str, Any]:
+    """Out of memory for good is at least one out-of-memory event, also where it struck before the first report."""
+    return {**figures, "oom_events": max(1, int(figures.get("oom_events") or 0))}
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def write_outcome(directory: Path, number: int, seed: int, ended: Ended) -> None:
+    """Write outcome.json in the trial's folder: what becomes its row in trials.csv."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"trial": number, "seed": seed, **asdict(ended)}
+    temporary = directory / f".outcome.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(directory / "outcome.json")
+
+
+def read_outcome(directory: Path) -> Ended | None:
+    """What outcome.json says; None where there is none, or not a whole one."""
+    try:
+        content = json.loads((directory / "outcome.json").read_text(encoding="utf-8"))
+        return Ended(content["status"], content["reason"], content["figures"], content["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

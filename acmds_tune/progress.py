@@ -1,0 +1,156 @@
+"""The search as it is seen in a terminal: one table on stderr, or one line a trial where stderr is no terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from acmds_tune.objective import Ended
+
+ROWS = 16
+"""Trials shown at once: the newest."""
+
+SETTINGS_SHOWN = 5
+"""Searched settings in the table; the others are in trials.csv."""
+
+STYLES = {
+    "running": "cyan",
+    "ok": "green",
+    "infeasible": "yellow",
+    "stopped": "yellow",
+    "oom": "red",
+    "crashed": "red",
+    "timeout": "red",
+    "error": "red",
+}
+
+
+@dataclass
+class _Row:
+    number: int
+    values: Mapping[str, Any]
+    status: str = "running"
+    reason: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+    share: float = 0.0
+
+
+class Display:
+    """Shows a search. Use as a context manager.
+
+    Args:
+        name: of the study.
+        trials: how many there will be; `told` of them are over already.
+        searched: names of the searched settings.
+        console: where to; stderr if not given.
+    """
+
+    def __init__(
+        self, name: str, trials: int, searched: Sequence[str], *, told: int = 0, console: Console | None = None
+    ) -> None:
+        self._console = console or Console(file=sys.stderr)
+        self._name = name
+        self._trials = trials
+        self._over = told
+        self._shown = list(searched)[:SETTINGS_SHOWN]
+        self._rows: dict[int, _Row] = {}
+        self._began = time.monotonic()
+        self._note = "starting Ray"
+        self._live: Live | None = None
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """What the search is doing besides running trials."""
+        self._note = text
+
+    def started(self, number: int, values: Mapping[str, Any]) -> None:
+        """Trial `number` begins with the searched `values`."""
+        self._note = ""
+        self._rows[number] = _Row(number, values)
+
+    def progressed(self, number: int, progress: Mapping[str, Any]) -> None:
+        """Trial `number` says how far it is."""
+        row = self._rows[number]
+        row.figures.update({key: value for key, value in progress.items() if value is not None})
+        row.share = min(1.0, progress.get("step", 0) / max(1, progress.get("total_steps") or 1))
+
+    def ended(self, number: int, status: str, ended: Ended) -> None:
+        """Trial `number` is over."""
+        row = self._rows[number]
+        row.status, row.reason, row.seconds = status, ended.reason, ended.seconds
+        row.figures.update(ended.figures)
+        self._over += 1
+        if self._live is None:
+            self._console.print(Text(self._line(row)), soft_wrap=True)
+
+    def _line(self, row: _Row) -> str:
+        figures = row.figures
+        settings = " ".join(f"{name}={_short(value)}" for name, value in row.values.items())
+        parts = [
+            f"trial {row.number} ({self._over}/{self._trials})",
+            row.status,
+            f"{_short(figures.get('samples_per_second'))} samples/s",
+            f"{_short(figures.get('oom_events'))} oom",
+            f"val_loss {_short(figures.get('val_loss'))}",
+            f"{row.seconds or 0:.1f} s",
+            settings,
+        ]
+        if row.status not in ("ok", "infeasible"):
+            parts.append(f"({row.reason})")
+        return "  ".join(parts)
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in ("trial", "status"):
+            table.add_column(heading)
+        for name in self._shown:
+            table.add_column(name, justify="right", overflow="ellipsis")
+        for heading in ("samples/s", "oom", "val loss", "seconds"):
+            table.add_column(heading, justify="right")
+        for row in list(self._rows.values())[-ROWS:]:
+            figures = row.figures
+            status = f"running {row.share:4.0%}" if row.status == "running" else row.status
+            seconds = row.seconds if row.seconds is not None else time.monotonic() - row.started
+            table.add_row(
+                str(row.number),
+                Text(status, style=STYLES.get(row.status, "")),
+                *(_short(row.values.get(name)) for name in self._shown),
+                _short(figures.get("samples_per_second")),
+                _short(figures.get("oom_events")),
+                _short(figures.get("val_loss")),
+                f"{seconds:.0f}",
+            )
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        summary = f"{self._name}: {self._over} of {self._trials} trials, {minutes}:{seconds:02d}"
+        parts = [table] if self._rows else []
+        return Group(*parts, Text(f"{summary}  {self._note}", style="bold"))
+
+
+def _short(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)

@@ -1,0 +1,274 @@
+"""A search from beginning to end: Ray Tune runs the trials that the study proposes.
+
+The study's journal is the truth; Ray keeps nothing that is read again. Its own files go to a temporary folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_tune.objective import DEFAULT_OBJECTIVE, Ended
+from acmds_tune.records import TrialRecord
+from acmds_tune.space import Space
+
+# Ray reads these when it is imported or started; what a user has set stays as it is.
+RAY_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # a kill by it aborts the whole search
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "30",
+}
+for _name, _value in RAY_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402 - after its environment
+from ray import tune  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
+
+from acmds_tune.driver import INTERRUPTED, Driver, request_stop_by_file  # noqa: E402
+from acmds_tune.progress import Display  # noqa: E402
+from acmds_tune.report import write_all, write_tables  # noqa: E402
+from acmds_tune.study import SearchStudy  # noqa: E402
+from acmds_tune.trainable import TrialRunner  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class ResourceError(ACMDSError):
+    """The machine has not what the trials need."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """How a search ended."""
+
+    directory: Path
+    best: TrialRecord | None
+    """The best feasible trial."""
+
+    ending: str
+    """Why it ended before all trials were run; empty where they were."""
+
+    missing: int
+    """Trials that were not run."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Somebody asked it to stop."""
+        return self.ending == INTERRUPTED
+
+
+def run_search(
+    space: Space,
+    directory: Path,
+    yaml_text: str,
+    *,
+    fixed: Mapping[str, str] | None = None,
+    resume: bool = False,
+    objective: str = DEFAULT_OBJECTIVE,
+) -> SearchResult:
+    """Search `space` and write everything to the folder `directory`.
+
+    Args:
+        space: what to search.
+        directory: folder of the study; must be new, unless `resume`.
+        yaml_text: the search-space file as it was given.
+        fixed: what `--set` added to it.
+        resume: go on with the study in `directory`.
+        objective: `package.module:function` that every trial runs.
+
+    Raises:
+        ConfigError: the study exists and `resume` is false, or does not fit to `space` and it is true.
+        ResourceError: the device of the trials does not exist.
+    """
+    directory = directory.resolve()
+    if not resume and directory.exists():
+        raise ConfigError(
+            str(directory), ["this study exists; add --resume to go on with it, or give another one with --name"]
+        )
+    study = SearchStudy.resume(directory, space) if resume else None
+    try:
+        with (
+            Display(space.name, space.trials, list(space.search), told=study.told if study else 0) as display,
+            _ray(space) as (sharers, scratch),
+        ):
+            if study is None:
+                study = SearchStudy.create(directory, space, yaml_text, fixed or {})
+            _write_environment(directory)
+            driver = Driver(
+                study,
+                space,
+                objective=objective,
+                sharers=sharers,
+                request_stop=request_stop_by_file,
+                display=display,
+            )
+            with _interruptible(driver):
+                _fit(driver, space, scratch)
+            display.note("")
+    except BaseException:
+        if study is not None:
+            write_tables(directory)
+        raise
+    finally:
+        if study is not None:
+            study.close()
+    best = write_all(directory)
+    return SearchResult(directory, best, driver.ending, study.missing)
+
+
+class _StudySearcher(Searcher):
+    """Ray's view of the driver. Ray's own OptunaSearch cannot set constraints, and tells failures as FAIL."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self._driver = driver
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._driver.done:
+            return str(Searcher.FINISHED)
+        task = self._driver.next_task()
+        if task is None:
+            return None
+        self._numbers[trial_id] = task.number
+        return {"task": asdict(task)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if "ended" not in result:
+            progress = json.loads(result["progress"]) if "progress" in result else None
+            self._driver.heard(self._numbers[trial_id], progress)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if result and "ended" in result:
+            ended = Ended(**json.loads(result["ended"]))
+        else:
+            ended = Ended("crashed", "the process that watched over it died")
+        self._driver.ended(self._numbers[trial_id], ended)
+
+    def save(self, checkpoint_path: str) -> None:
+        """The journal has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The journal has it all."""
+
+
+def _fit(driver: Driver, space: Space, scratch: Path) -> None:
+    resources = {"cpu": 1, "gpu": 1} if space.device != "cpu" else {"cpu": 1}
+    tune.run(
+        TrialRunner,
+        name=space.name,
+        storage_path=str(scratch / "tune"),
+        resources_per_trial=resources,
+        num_samples=-1,  # the driver says when it is enough
+        search_alg=_StudySearcher(driver),
+        reuse_actors=True,
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
+        raise_on_failed_trial=False,
+        verbose=0,
+    )
+
+
+@contextlib.contextmanager
+def _ray(space: Space) -> Iterator[tuple[int, Path]]:
+    """Ray, quiet, and a folder for its files. Yields how many trials run at once, and the folder.
+
+    Ray that runs already in this process is used and left running.
+    """
+    # a short path: sockets in it must have less than 108 characters
+    scratch = Path(tempfile.mkdtemp(prefix="acmds-ray-"))
+    ours = not ray.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if ours:
+                ray.init(
+                    address="local",
+                    num_cpus=max(space.resources.concurrent_trials or 1, os.cpu_count() or 1),
+                    object_store_memory=100 * 1024**2,  # nothing large travels through it
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(scratch),
+                )
+            logging.getLogger("ray").setLevel(logging.CRITICAL)
+            yield _sharers(space), scratch
+    finally:
+        if ours:
+            ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sharers(space: Space) -> int:
+    """Trials at once, now that Ray knows the machine. Ray itself would wait for ever for a GPU that is not there."""
+    wanted = space.resources.concurrent_trials
+    if space.device == "cpu":
+        return wanted or 1
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus < (wanted or 1):
+        raise ResourceError(
+            f"device {space.device}: the trials need {wanted or 1} GPU{'s' if (wanted or 1) > 1 else ''}, but Ray sees "
+            f"{gpus or 'none'} here. Put `device: cpu` under fixed, or see what `acmds-tune doctor` says"
+        )
+    return wanted or gpus
+
+
+@contextlib.contextmanager
+def _interruptible(driver: Driver) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) ends the running trial and the search in order; the second ends it at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if driver.ending == INTERRUPTED:
+            raise KeyboardInterrupt
+        driver.interrupt()
+        print("stopping after the running trial has ended; once more to stop at once", file=sys.stderr)
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write_environment(directory: Path) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in ("acmds", "torch", "torchvision", "ray", "optuna", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    content = {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "resources": {key: value for key, value in ray.cluster_resources().items() if key in ("CPU", "GPU")},
+        "accelerators": [key for key in ray.cluster_resources() if key.startswith("accelerator_type:")],
+    }
+    (directory / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Objectives that end in every way a trial can end, without training. Named in tests as `module:function`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from acmds_optimizer.errors import OutOfMemoryForGoodError
+
+
+def figures(lr: float = 1e-3, oom_events: int = 0) -> dict[str, Any]:
+    """What a whole trial measures; fastest at lr = 0.01."""
+    return {
+        "samples_per_second": 1000.0 - 1e5 * abs(lr - 0.01),
+        "oom_events": oom_events,
+        "oom_recovered": oom_events,
+        "alloc_retries": 0,
+        "peak_reserved_gb": 1.0,
+        "headroom_min_gb": 0.5,
+        "headroom_breach_fraction": 0.0,
+        "batch_size_mean": 32.0,
+        "train_loss": 0.5,
+        "val_loss": 0.4,
+        "val_accuracy": 0.9,
+        "steps": 10,
+        "samples": 320,
+    }
+
+
+def progress(step: int, total: int = 10) -> dict[str, Any]:
+    """One progress report."""
+    return {
+        "step": step,
+        "total_steps": total,
+        "samples_per_second": 100.0 * step,
+        "loss": 2.0 / step,
+        "val_loss": None,
+        "oom_events": 1,
+    }
+
+
+def ok(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    report(progress(1))
+    return figures(settings.get("lr", 1e-3))
+
+
+def raises(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    report(progress(2))
+    raise ValueError("the data\nare broken")
+
+
+def out_of_memory(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    report(progress(3))
+    raise OutOfMemoryForGoodError("nothing fits; lower min_batch_size")
+
+
+def exits(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    report(progress(4))
+    os._exit(3)
+
+
+def is_killed(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def hangs(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    report(progress(5))
+    while True:
+        signal.pause()
+
+
+def goes_on(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    """Reports steps until it is asked to stop."""
+    for step in range(1, 1_000_000):
+        report(progress(step, 1_000_000))
+        if should_stop():
+            return figures() | {"steps": step, "stopped_early": True}
+        time.sleep(0.01)
+    raise AssertionError("nobody asked to stop")
+
+
+def mixed(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    """A different end for every trial: its folder's number says which."""
+    ends = {1: raises, 2: out_of_memory, 3: exits, 4: hangs}
+    return ends.get(int(directory.name), ok)(settings, directory, report, should_stop)
