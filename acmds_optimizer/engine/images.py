@@ -201,7 +201,7 @@ def _cut_tensor(image: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
         if image.shape[0] != 1:
             raise DataError(f"expected an image of {shape[0]} channels, but got {_say(image)}")
         image = image.expand(shape[0], -1, -1)
-    left, top, wide, high = (round(edge) for edge in box)
+    left, top, wide, high = (round(edge) for edge in box)  # torchvision cuts whole pixels only
     if (top, left, high, wide) == (0, 0, *shape[1:]):
         return image[:, :high, :wide]
     return functional.resized_crop(image, top, left, max(high, 1), max(wide, 1), list(shape[1:]), antialias=True)
