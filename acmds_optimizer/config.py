@@ -58,7 +58,7 @@ class CurriculumConfig:
     knee_gain_fraction: Fraction = 0.03
     """Growth stops where the next micro-batch is predicted to add less throughput than this share; 0: memory alone decides."""
 
-    max_oom_retries: PositiveInt = 6
+    max_oom_retries: PositiveInt = 10
     """How often one step may be repeated smaller after an out-of-memory error before the run gives up with an error."""
 
     gc_threshold_gb: Annotated[float, Ge(0.0)] = 2.0

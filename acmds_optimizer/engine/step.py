@@ -58,12 +58,13 @@ class TrainStep:
         losses = []
         start = 0
         for size in parts(len(batch), micro_batch):
-            losses.append(self._micro(batch.slice(start, start + size), len(batch)))
+            losses.append(self.micro(batch.slice(start, start + size), len(batch)))
             start += size
         self.guard.optimizer_step()
         return torch.cat(losses)
 
-    def _micro(self, part: Batch, total: int) -> Tensor:
+    def micro(self, part: Batch, total: int) -> Tensor:
+        """Forward and backward of one micro-batch out of `total` samples; its losses (B,), detached."""
         losses = self.losses(part.inputs, part.targets)
         weighted = (losses * part.weights).sum() / total
         if self.guard.scaler is not None:

@@ -34,6 +34,7 @@ from acmds_optimizer.zoo.datasets import DataBundle
 logger = logging.getLogger(__name__)
 
 _NEIGHBOUR_SHARE = 0.03
+_REHEARSALS = 12
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,8 @@ class ACMDSTrainer:
         self.controller.begin_step()
         clock = time.perf_counter()
         plan = self.sampler.plan
+        if not self.controller.state.peaks.known:
+            self._rehearse()
         with self.source.stream(
             plan.order, plan.weights, epoch=self.epoch, start=self.sampler.position, augment=True
         ) as stream:
@@ -212,6 +215,39 @@ class ACMDSTrainer:
             "batch_size": self.controller.batch_size,
             "oom_events": figures["oom_events"],
         }
+
+    def _rehearse(self) -> None:
+        """Learn the memory and time of growing micro-batches on one batch, forward and backward only, and undo it all.
+
+        So the first real step is taken at a size that is known to fit, and accumulation does not crawl until then.
+        """
+        plan, failed, last = self.sampler.plan, 0, 0
+        with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
+            batch = stream.take(self.controller.limits.buckets[-1])
+        track_on_cpu(self.controller, batch.inputs, batch.targets)
+        repeats = 1 + self.controller.state.times.needed
+        for _ in range(_REHEARSALS):
+            size = min(self.controller.decide().batch, len(batch))
+            if size == last:
+                break
+            last = size
+            for repeat in range(repeats):
+                self._clock.start()
+                event = self.guard.rehearse(lambda micro: self.train_step.micro(batch.slice(0, micro), micro), size, failed)
+                if event is not None:
+                    failed += 1
+                    self.recorder.figures["oom_events"] += 1
+                    self.recorder.figures["oom_recovered"] += 1
+                    self.recorder.out_of_memory(event, self._where(), recovered=True)
+                    break
+                self._clock.stop(size, 1, steady=repeat > 0)
+                self.controller.observe(size)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            for timed, seconds in self._clock.timings():
+                self.controller.time(timed, seconds)
+        self.model.zero_grad(set_to_none=True)
+        self.controller.begin_step()
 
     def _one_step(self, stream: EpochStream, began: float) -> None:
         before = self.controller.reading

@@ -144,8 +144,20 @@ class MemoryPressureController:
         """Learn the seconds of one micro-batch of `batch` samples; apart from `observe`, since a GPU tells it later."""
         self.state = law.time(self.state, batch, seconds, self.limits)
 
-    def out_of_memory(self, batch: int, shortage_bytes: int = 0, *, work: float | None = None) -> law.Decision:
-        """Learn from an out-of-memory error, after the step was undone; the decision is the size to repeat it with."""
+    def out_of_memory(
+        self, batch: int, shortage_bytes: int = 0, attempt: int = 1, *, work: float | None = None
+    ) -> law.Decision:
+        """Learn from an out-of-memory error, after the step was undone.
+
+        Args:
+            batch: samples in its largest micro-batch.
+            shortage_bytes: what was missing; 0 where it is not known.
+            attempt: how many times in a row the step has failed now.
+            work: work of that micro-batch; None: `batch`.
+
+        Returns:
+            The decision with the size to repeat it with.
+        """
         self.memory.release_cache()
         self._reading = self.memory.read()
         self.memory.reset_peak()
@@ -156,6 +168,7 @@ class MemoryPressureController:
             work=work if work is not None else float(batch),
             budget_bytes=self._reading.budget_bytes,
             shortage_bytes=shortage_bytes,
+            attempt=attempt,
         )
         self.state, decision = law.fail(self.state, failure, self.limits)
         return decision

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -141,26 +141,56 @@ class Guard:
         undo = self._remember()
         events: list[OutOfMemoryEvent] = []
         while True:
-            self.optimizer.zero_grad(set_to_none=True)
-            message = None
-            try:
-                with self.controller.memory.watch():
-                    value = attempt(micro_batch)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                message = str(error)
-            # here the exception is gone, and with it the tensors of the failed attempt
+            value, message = self._try(attempt, micro_batch)
             if message is None:
                 self._undo_optimizer = None
-                return GuardedResult(value, micro_batch, tuple(events))
+                return GuardedResult(cast(Result, value), micro_batch, tuple(events))
             undo()
             events.append(self._shrink(message, micro_batch, len(events) + 1))
-            if micro_batch == 1 and not self._try_host_copy(len(events)):
-                raise OutOfMemoryForGoodError(self._advice(events[-1], "even one sample does not fit"), events)
-            if len(events) > self.controller.config.max_oom_retries:
-                raise OutOfMemoryForGoodError(self._advice(events[-1], f"{len(events)} tries in a row failed"), events)
+            self._check_tries(events)
             micro_batch = events[-1].next_micro_batch
+
+    def rehearse(self, attempt: Callable[[int], Any], micro_batch: int, failed: int = 0) -> OutOfMemoryEvent | None:
+        """Run `attempt(micro_batch)` once and undo it, whatever comes of it: to learn what it needs.
+
+        Args:
+            attempt: forward and backward of one micro-batch, without the optimizer.
+            micro_batch: its samples.
+            failed: how many rehearsals have failed before this one.
+
+        Returns:
+            The out-of-memory error, if there was one; the controller knows of it.
+
+        Raises:
+            OutOfMemoryForGoodError: as for `run`.
+        """
+        undo = self._remember()
+        _, message = self._try(attempt, micro_batch)
+        undo()
+        if message is None:
+            return None
+        event = self._shrink(message, micro_batch, failed + 1)
+        self._check_tries([event])
+        return event
+
+    def _try(self, attempt: Callable[[int], Result], micro_batch: int) -> tuple[Result | None, str | None]:
+        """Its value, or the message of the out-of-memory error that ended it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with self.controller.memory.watch():
+                return attempt(micro_batch), None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return None, str(error)
+        # the caller goes on after the exception is gone, and with it the tensors of the failed attempt
+
+    def _check_tries(self, events: list[OutOfMemoryEvent]) -> None:
+        last = events[-1]
+        if last.micro_batch == 1 and not self._try_host_copy():
+            raise OutOfMemoryForGoodError(self._advice(last, "even one sample does not fit"), events)
+        if last.attempt > self.controller.config.max_oom_retries:
+            raise OutOfMemoryForGoodError(self._advice(last, f"{last.attempt} tries in a row failed"), events)
 
     def optimizer_step(self) -> None:
         """Step the optimizer (through the scaler, if any) so that a failure in it can be undone."""
@@ -174,7 +204,7 @@ class Guard:
     def _shrink(self, message: str, micro_batch: int, attempt: int) -> OutOfMemoryEvent:
         peak = self.controller.memory.read().peak_allocated_bytes
         shortage = shortage_bytes(message)
-        decision = self.controller.out_of_memory(micro_batch, shortage)
+        decision = self.controller.out_of_memory(micro_batch, shortage, attempt)
         return OutOfMemoryEvent(
             attempt=attempt,
             micro_batch=micro_batch,
@@ -185,12 +215,12 @@ class Guard:
             message=message.splitlines()[0],
         )
 
-    def _try_host_copy(self, errors: int) -> bool:
+    def _try_host_copy(self) -> bool:
         """At micro-batch 1 the device copy of the optimizer's state may be what does not fit: try once without it."""
         if self._copy_on_host or self._is_atomic() or self.controller.device.type == "cpu":
             return False
         self._copy_on_host = True
-        return errors <= self.controller.config.max_oom_retries
+        return True
 
     def _advice(self, event: OutOfMemoryEvent, what: str) -> str:
         return (

@@ -79,7 +79,9 @@ class Failure:
     work: float
     budget_bytes: float
     shortage_bytes: float
-    """What was missing; 0 where it is not known."""
+    """What the failed allocation lacked; 0 where it is not known. The step may have needed more."""
+    attempt: int = 1
+    """How many times in a row the step has failed now."""
 
 
 @dataclass(frozen=True)
@@ -198,13 +200,15 @@ def time(state: State, batch: int, seconds: float, limits: Limits) -> State:
 def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decision]:
     """The state after an out-of-memory error, and the size to repeat the step with.
 
-    Shrinks by the shortage where it is known, by half where it is not, always by at least one bucket.
+    Shrinks by the shortage where it is known, by half where it is not or where the step fails again, to what the
+    model allows, always by at least one bucket.
     """
     share = 0.5
-    if failure.shortage_bytes > 0:
-        needed = failure.budget_bytes + failure.shortage_bytes
-        share = max(0.25, min(0.9, failure.budget_bytes / max(needed, 1.0)))
+    if failure.shortage_bytes > 0 and failure.attempt == 1:
+        share = max(0.25, min(0.9, failure.budget_bytes / (failure.budget_bytes + failure.shortage_bytes)))
     allowed = failure.batch * share
+    if state.peaks.known:
+        allowed = min(allowed, _feed_forward(state, limits, failure.budget_bytes, failure.work / failure.batch))
     smaller = [size for size in limits.buckets if size < failure.batch]
     batch = max((size for size in smaller if size <= allowed), default=smaller[0] if smaller else 1)
     error = -min(1.0, max(0.02, failure.shortage_bytes / max(failure.budget_bytes, 1.0)))

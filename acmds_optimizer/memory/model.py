@@ -131,7 +131,7 @@ class TimeModel:
     """Seconds of a micro-batch by its size: medians of the last few timings, so that one slow step does not count."""
 
     timings: tuple[tuple[int, tuple[float, ...]], ...] = ()
-    needed: int = 5
+    needed: int = 3
 
     def observe(self, batch: int, seconds: float) -> TimeModel:
         """The model after one more timing of a micro-batch of `batch` samples."""
