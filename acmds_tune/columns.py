@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CONFIG_PREFIX = "config/"
@@ -26,13 +26,13 @@ class Column:
         dtype: what pandas.read_csv gives without arguments: int, float, bool or str.
             An int is always written; an empty cell, which pandas reads as NaN, is only in float and str columns.
         unit: unit of the values; empty for names, counts and flags.
-        meaning: one sentence.
+        meaning: one sentence; empty here for what the trainer writes, see `explained`.
     """
 
     name: str
     dtype: str
     unit: str
-    meaning: str
+    meaning: str = ""
 
 
 STATUSES: dict[str, str] = {
@@ -80,47 +80,49 @@ _TAIL = (
 
 EVENT_COLUMNS = (
     Column("trial", "int", "", "Number of the trial, as in trials.csv; only in the file of the whole study."),
-    Column("step", "int", "", "Optimizer step in which it happened."),
-    Column("epoch", "int", "", "Epoch in which it happened."),
-    Column("seconds", "float", "s", "Time since the start of the training."),
-    Column("kind", "str", "", "out_of_memory, neighbour_change, emergency_gc or fallback."),
-    Column("micro_batch", "int", "samples", "Micro-batch at the event."),
-    Column("next_micro_batch", "int", "samples", "Micro-batch after it."),
-    Column("budget_gb", "float", "GB", "What the process could hold at that moment."),
-    Column("peak_gb", "float", "GB", "Memory held at most in the step until the event."),
-    Column("shortage_gb", "float", "GB", "How much was missing, where that is known."),
-    Column("attempt", "int", "", "Which try of the step it was."),
-    Column("recovered", "bool", "", "The run went on after it."),
-    Column("message", "str", "", "What happened, in words."),
+    Column("step", "int", ""),
+    Column("epoch", "int", ""),
+    Column("seconds", "float", "s"),
+    Column("kind", "str", ""),
+    Column("micro_batch", "int", "samples"),
+    Column("next_micro_batch", "int", "samples"),
+    Column("budget_gb", "float", "GB"),
+    Column("peak_gb", "float", "GB"),
+    Column("shortage_gb", "float", "GB"),
+    Column("attempt", "int", ""),
+    Column("recovered", "bool", ""),
+    Column("message", "str", ""),
 )
+"""What the trainer writes, after the number of the trial; its telemetry.py has the meanings."""
 
 STEP_COLUMNS = (
-    Column("step", "int", "", "Optimizer step."),
-    Column("epoch", "int", "", "Epoch."),
-    Column("samples_seen", "int", "samples", "Samples trained on so far."),
-    Column("effective_batch", "int", "samples", "Samples of this optimizer step."),
-    Column("micro_batch", "int", "samples", "Samples of one forward and backward pass."),
-    Column("micro_batches", "int", "", "Passes that make up the step."),
-    Column("predicted_peak_gb", "float", "GB", "Peak that the memory model predicted for the step."),
-    Column("peak_allocated_gb", "float", "GB", "Most memory that tensors held in the step."),
-    Column("reserved_gb", "float", "GB", "Memory that the allocator held at the end of the step."),
-    Column("budget_gb", "float", "GB", "What the process may hold: free memory plus what it holds, up to the limit."),
-    Column("headroom_gb", "float", "GB", "What was left free of the budget at the peak."),
-    Column("target_headroom_gb", "float", "GB", "What was to be left free."),
-    Column("feed_forward_samples", "float", "samples", "Micro-batch that the memory model alone would choose."),
-    Column("pid_p", "float", "", "Proportional term of the PID."),
-    Column("pid_i", "float", "", "Integral term of the PID."),
-    Column("pid_d", "float", "", "Derivative term of the PID."),
-    Column("trim", "float", "", "Correction of the feed-forward choice by the PID."),
-    Column("next_micro_batch", "int", "samples", "Micro-batch chosen for the next step."),
-    Column("reason", "str", "", "Code of why it was chosen."),
-    Column("oom_events", "int", "", "Out-of-memory errors so far."),
-    Column("alloc_retries", "int", "", "Allocator retries so far."),
-    Column("seconds", "float", "s", "Time since the start of the training."),
-    Column("loss", "float", "nats", "Training loss of the step."),
-    Column("lr", "float", "", "Learning rate of the step."),
-    Column("difficulty_mean", "float", "0 to 1", "Mean difficulty of the most recent samples."),
+    Column("step", "int", ""),
+    Column("epoch", "int", ""),
+    Column("samples_seen", "int", "samples"),
+    Column("effective_batch", "int", "samples"),
+    Column("micro_batch", "int", "samples"),
+    Column("micro_batches", "int", ""),
+    Column("predicted_peak_gb", "float", "GB"),
+    Column("peak_allocated_gb", "float", "GB"),
+    Column("reserved_gb", "float", "GB"),
+    Column("budget_gb", "float", "GB"),
+    Column("headroom_gb", "float", "GB"),
+    Column("target_headroom_gb", "float", "GB"),
+    Column("feed_forward_samples", "float", "samples"),
+    Column("pid_p", "float", ""),
+    Column("pid_i", "float", ""),
+    Column("pid_d", "float", ""),
+    Column("trim", "float", ""),
+    Column("next_micro_batch", "int", "samples"),
+    Column("reason", "str", ""),
+    Column("oom_events", "int", ""),
+    Column("alloc_retries", "int", ""),
+    Column("seconds", "float", "s"),
+    Column("loss", "float", "nats"),
+    Column("lr", "float", ""),
+    Column("difficulty_mean", "float", "0 to 1"),
 )
+"""What the trainer writes; its telemetry.py has the meanings."""
 
 
 def trial_columns(searched: Sequence[str]) -> list[str]:
@@ -140,6 +142,13 @@ def described_trial_columns() -> list[Column]:
     return [*_HEAD, setting, *FIGURES, *_TAIL]
 
 
+def explained(columns: Sequence[Column], meanings: Mapping[str, str]) -> list[Column]:
+    """`columns` with the trainer's words for those that have none here."""
+    # a first word like out_of_memory is a value, and stays as it is written
+    begun = {name: text if "_" in text.split()[0] else text[:1].upper() + text[1:] for name, text in meanings.items()}
+    return [column if column.meaning else replace(column, meaning=f"{begun[column.name]}.") for column in columns]
+
+
 def markdown_table(columns: Iterable[Column]) -> str:
     """A Markdown table of `columns`, one row each."""
     rows = [f"| `{column.name}` | {column.dtype} | {column.unit} | {column.meaning} |" for column in columns]
@@ -148,18 +157,20 @@ def markdown_table(columns: Iterable[Column]) -> str:
 
 def with_current_tables(text: str) -> str:
     """`text` of docs/reports.md with the tables between its `<!-- table: NAME -->` marks made anew."""
+    from acmds_optimizer.engine import telemetry  # imports torch, which who writes a table need not wait for
+
     tables = {
         "trials.csv": markdown_table(described_trial_columns()),
         "status": "\n".join(f"- `{status}`: {meaning}." for status, meaning in STATUSES.items()),
-        "events.csv": markdown_table(EVENT_COLUMNS),
-        "steps.csv": markdown_table(STEP_COLUMNS),
+        "events.csv": markdown_table(explained(EVENT_COLUMNS, telemetry.EVENT_COLUMNS)),
+        "steps.csv": markdown_table(explained(STEP_COLUMNS, telemetry.STEP_COLUMNS)),
     }
     for name, table in tables.items():
         start = f"<!-- table: {name} -->"
         pattern = re.compile(re.escape(start) + r".*?<!-- end -->", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"the page has no '{start}' ... '<!-- end -->'")
-        text = pattern.sub(lambda _, block=f"{start}\n{table}\n<!-- end -->": block, text)
+        text = pattern.sub("\n".join([start, table, "<!-- end -->"]).replace("\\", r"\\"), text)
     return text
 
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 DONE = ("ok", "infeasible")
 """Statuses of trials that ran to their end, so that their figures can be compared."""
@@ -14,10 +14,10 @@ DONE = ("ok", "infeasible")
 
 @dataclass(frozen=True)
 class Objective:
-    """What a study searches for. `direction` is maximize or minimize."""
+    """A figure that a study searches for the most or the least of."""
 
     name: str
-    direction: str
+    direction: Literal["maximize", "minimize"]
 
     def cost(self, value: float) -> float:
         """`value`, turned so that less is better."""

@@ -148,6 +148,7 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
     seconds = _number(attrs.get("seconds"))
     if seconds is None and trial.duration is not None:
         seconds = trial.duration.total_seconds()
+    figures["seconds"] = seconds
     values = tuple(trial.values) if trial.state.is_finished() and trial.values is not None else None
     return TrialRecord(
         trial.number,
@@ -252,8 +253,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_environment(study_dir: str | Path) -> dict[str, Any]:
-    """What environment.json says; empty where there is none."""
-    return _json(Path(study_dir) / "environment.json")
+    """What environment.json says, with what a trial's says of the device it ran on; empty where there is none."""
+    study = _json(Path(study_dir) / "environment.json")
+    for path in sorted(Path(study_dir).glob("trials/*/environment.json")):
+        trial = _json(path)
+        return {**{name: trial[name] for name in ("device", "gpu", "gpu_memory_gb", "cuda") if name in trial}, **study}
+    return study
 
 
 def read_events(study_dir: str | Path, number: int) -> list[dict[str, Any]]:

@@ -1,0 +1,311 @@
+"""The plots of report.html as plain plotly dictionaries: pure functions of records.
+
+One accent colour for what is feasible, grey for what is not, and one colour for out-of-memory events.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from acmds_tune.records import Objective, StudyRecord, TrialRecord, pareto_front
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Figure = dict[str, Any]
+Marked = Mapping[str, TrialRecord]
+
+ACCENT, PALE, GREY, INK, GRID, ALARM = "#0072B2", "#8FC1E3", "#9AA3AD", "#1F2933", "#E6E9ED", "#D55E00"
+"""Blue and vermilion of Okabe and Ito's palette, which people with any common colour blindness tell apart."""
+
+SYMBOLS = {
+    "ok": "circle",
+    "infeasible": "circle-open",
+    "oom": "x-thin-open",
+    "crashed": "triangle-down-open",
+    "timeout": "square-open",
+    "error": "diamond-open",
+    "stopped": "triangle-left-open",
+}
+"""Marker of a status; all but ok are grey."""
+
+LABELS = {
+    "samples_per_second": "Throughput (samples/s)",
+    "oom_events": "Out-of-memory events",
+    "val_loss": "Validation loss (nats)",
+    "val_accuracy": "Validation accuracy (fraction)",
+    "train_loss": "Training loss (nats)",
+    "peak_reserved_gb": "Peak reserved memory (GB)",
+    "seconds": "Wall time of the trial (s)",
+}
+MOST_POINTS = 2000
+"""Points of one line; more cannot be told apart on a screen and cost file size."""
+
+
+def label(name: str) -> str:
+    """Axis title of a column."""
+    return LABELS.get(name, name)
+
+
+def number(value: Any) -> str:
+    """`value` for people: four significant digits, thousands marked; an en dash for none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.0f}"
+    return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def axis(title: str, **more: Any) -> dict[str, Any]:
+    """An axis in the style of the page."""
+    style = {"gridcolor": GRID, "zeroline": False, "linecolor": GREY, "ticks": "outside", "tickcolor": GREY}
+    return {"title": {"text": title, "standoff": 10}, "automargin": True, **style, **more}
+
+
+def layout(height: int = 360, **more: Any) -> dict[str, Any]:
+    """The layout that all plots share; `height` in pixels."""
+    return {
+        "height": height,
+        "margin": {"l": 64, "r": 16, "t": 36, "b": 52},
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": INK},
+        "paper_bgcolor": "#FFFFFF",
+        "plot_bgcolor": "#FFFFFF",
+        "hovermode": "closest",
+        "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": GREY, "font": {"color": INK}},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        **more,
+    }
+
+
+def hover(trial: TrialRecord, searched: Sequence[str]) -> str:
+    """What is shown beside the mouse for one trial."""
+    figures = trial.figures
+    lines = [
+        f"<b>trial {trial.number}</b> · {trial.status}",
+        f"{number(figures.get('samples_per_second'))} samples/s, {number(figures.get('oom_events'))} OOM events",
+        *(html.escape(f"{name} = {number(trial.config.get(name))}", quote=False) for name in searched[:12]),
+    ]
+    return "<br>".join(lines)
+
+
+def scatter(study: StudyRecord, marked: Marked, points: Mapping[int, tuple[float, float]]) -> list[Figure]:
+    """One trace a status, in the order of SYMBOLS, and a ring around each trial of `marked`.
+
+    Args:
+        study: whose trials are drawn.
+        marked: trials by their name in the legend; the first is the best.
+        points: x and y by trial number; a trial without them is not drawn.
+    """
+    traces = []
+    for status, symbol in SYMBOLS.items():
+        trials = [trial for trial in study.trials if trial.status == status and trial.number in points]
+        if not trials:
+            continue
+        good = status == "ok"
+        colour, line = (ACCENT, {"width": 0}) if good else (GREY, {"width": 1.5})
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "feasible" if good else status,
+                "x": [points[trial.number][0] for trial in trials],
+                "y": [points[trial.number][1] for trial in trials],
+                "text": [hover(trial, study.searched) for trial in trials],
+                "hovertemplate": "%{text}<extra></extra>",
+                "marker": {"symbol": symbol, "size": 9, "color": colour, "line": line, "opacity": 0.85},
+            }
+        )
+    for symbol, (name, trial) in zip(("circle-open", "diamond-open"), marked.items(), strict=False):
+        if trial.number in points:
+            x, y = points[trial.number]
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": name,
+                    "x": [x],
+                    "y": [y],
+                    "hoverinfo": "skip",
+                    "marker": {"symbol": symbol, "size": 17, "color": INK, "line": {"width": 2}},
+                }
+            )
+    return traces
+
+
+def measured(study: StudyRecord, x: str, y: str) -> dict[int, tuple[float, float]]:
+    """Two figures by trial number, of the trials that have both and have ended."""
+    points = {}
+    for trial in study.trials:
+        one, other = trial.figures.get(x), trial.figures.get(y)
+        if trial.status == "running" or one is None or other is None:
+            continue
+        if math.isfinite(one) and math.isfinite(other):
+            points[trial.number] = (one, other)
+    return points
+
+
+def throughput_against_oom(study: StudyRecord, marked: Marked) -> Figure | None:
+    """Throughput over out-of-memory events; None where no trial measured its throughput."""
+    points = measured(study, "oom_events", "samples_per_second")
+    if not points:
+        return None
+    most = max(x for x, _ in points.values())
+    x_axis = axis(
+        "Out-of-memory events", rangemode="tozero", tickformat="d", range=[-0.06 * max(most, 4), 1.06 * max(most, 4)]
+    )
+    if most > 20:  # one wild trial must not press all others against the axis
+        marks = [0, *(m * 10**e for e in range(7) for m in (1, 3) if m * 10**e <= most * 1.5)]
+        points = {key: (math.log10(1 + x), y) for key, (x, y) in points.items()}
+        span = math.log10(1 + most)
+        ticks = {"tickvals": [math.log10(1 + mark) for mark in marks], "ticktext": [str(mark) for mark in marks]}
+        x_axis = axis("Out-of-memory events (log scale)", range=[-0.06 * span, 1.06 * span], **ticks)
+    y_axis = axis(label("samples_per_second"), rangemode="tozero")
+    return {"data": scatter(study, marked, points), "layout": layout(xaxis=x_axis, yaxis=y_axis)}
+
+
+def pareto(study: StudyRecord, marked: Marked) -> Figure | None:
+    """The first two objectives, or throughput and validation loss; None where fewer than two trials have both."""
+    pair = list(study.objectives[:2])
+    if len(pair) < 2:
+        pair = [Objective("samples_per_second", "maximize"), Objective("val_loss", "minimize")]
+    points = measured(study, pair[0].name, pair[1].name)
+    if len(points) < 2:
+        return None
+    feasible = [points[trial.number] for trial in study.feasible if trial.number in points]
+    front = pareto_front([(pair[0].cost(x), pair[1].cost(y)) for x, y in feasible])
+    line = sorted(feasible[position] for position in front)
+    edge = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "Pareto front",
+        "x": [x for x, _ in line],
+        "y": [y for _, y in line],
+        "line": {"color": PALE, "width": 2},
+        "hoverinfo": "skip",
+    }
+    arrows = {"maximize": "higher is better", "minimize": "lower is better"}
+    titles = [f"{label(objective.name)}, {arrows[objective.direction]}" for objective in pair]
+    return {
+        "data": [*([edge] if line else []), *scatter(study, marked, points)],
+        "layout": layout(xaxis=axis(titles[0]), yaxis=axis(titles[1])),
+    }
+
+
+def history(study: StudyRecord, marked: Marked) -> Figure | None:
+    """The first objective over the trials, with the best feasible value so far; None where no trial has a value."""
+    objective = study.objectives[0]
+    points = {}
+    for trial in study.trials:
+        value = trial.figures.get(objective.name, trial.values[0] if trial.values else None)
+        if value is not None and trial.status != "running" and math.isfinite(value):
+            points[trial.number] = (trial.number, value)
+    if not points:
+        return None
+    so_far: list[tuple[int, float]] = []
+    for trial in study.feasible:
+        value = trial.values[0] if trial.values else math.nan
+        if not so_far or objective.cost(value) < objective.cost(so_far[-1][1]):
+            so_far.append((trial.number, value))
+    line = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "best so far",
+        "x": [*(x for x, _ in so_far), study.trials[-1].number],
+        "y": [*(y for _, y in so_far), so_far[-1][1] if so_far else None],
+        "line": {"color": PALE, "width": 2, "shape": "hv"},
+        "hoverinfo": "skip",
+    }
+    x_axis = axis("Trial", tickformat="d", range=[-1, study.trials[-1].number + 1])
+    data = [*([line] if so_far else []), *scatter(study, marked, points)]
+    return {"data": data, "layout": layout(xaxis=x_axis, yaxis=axis(label(objective.name)))}
+
+
+def importance(shares: Mapping[str, Mapping[str, float]]) -> Figure | None:
+    """Bars of the shares of each setting, one colour an objective; None where there are none."""
+    shown = {name: share for name, share in shares.items() if any(share.values())}
+    if not shown:
+        return None
+    first = next(iter(shown.values()))
+    order = sorted(first, key=lambda name: first[name])[-15:]
+    colours = [ACCENT, GREY, PALE]
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": html.escape(f"for {objective}", quote=False),
+            "y": [html.escape(name, quote=False) for name in order],
+            "x": [share.get(name, 0.0) for name in order],
+            "marker": {"color": colours[position % 3]},
+            "hovertemplate": "%{y}: %{x:.0%}<extra></extra>",
+        }
+        for position, (objective, share) in enumerate(shown.items())
+    ]
+    x_axis = axis("Share of what sets the best tenth apart", tickformat=".0%", rangemode="tozero")
+    y_axis = axis("", showgrid=False, ticks="")
+    look = layout(xaxis=x_axis, yaxis=y_axis, bargap=0.35, showlegend=len(data) > 1)
+    look["legend"]["traceorder"] = "normal"
+    return {"data": data, "layout": look}
+
+
+def thinned(steps: pd.DataFrame, keep: Sequence[int], most: int = MOST_POINTS) -> pd.DataFrame:
+    """At most `most` rows of `steps`: first, last, those in `keep`, and the highest peak of each stretch between."""
+    if len(steps) <= most:
+        return steps
+    import numpy as np
+
+    kept = np.flatnonzero(steps["step"].isin(keep).to_numpy())
+    kept = np.union1d(kept[:: max(1, math.ceil(len(kept) / (most // 2)))], [0, len(steps) - 1])
+    stretches = np.array_split(np.arange(len(steps)), most - len(kept))
+    peaks = steps["peak_allocated_gb"].to_numpy()
+    peaks = np.where(np.isnan(peaks), -np.inf, peaks)
+    return steps.iloc[np.union1d(kept, [int(rows[peaks[rows].argmax()]) for rows in stretches])]
+
+
+def memory_over_steps(steps: pd.DataFrame, events: Sequence[Mapping[str, Any]], top_gb: float | None = None) -> Figure:
+    """Micro-batch above, memory below, over the optimizer steps, with the out-of-memory events marked.
+
+    Args:
+        steps: steps.csv of one trial, at least one row.
+        events: its events, as report.read_events gives them.
+        top_gb: upper end of the memory axis, so that two trials can be compared; None: as needed.
+    """
+    out_of_memory = [event for event in events if event["kind"] == "out_of_memory"]
+    steps = thinned(steps, [event["step"] for event in out_of_memory])
+    x = steps["step"].tolist()
+
+    def line(name: str, y: Any, colour: str, **more: Any) -> Figure:
+        style = {"color": colour, "width": 1.5, **more.pop("line", {})}
+        values = [None if math.isnan(value) else round(value, 3) for value in y.tolist()]
+        return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": values, "line": style, **more}
+
+    batch = {"yaxis": "y2", "showlegend": False}
+    data = [
+        line("reserved", steps["reserved_gb"], PALE),
+        line("peak allocated", steps["peak_allocated_gb"], ACCENT),
+        line("budget", steps["budget_gb"], INK),
+        line("target", steps["budget_gb"] - steps["target_headroom_gb"], INK, line={"dash": "dash", "width": 1}),
+        line("micro-batch", steps["micro_batch"], ACCENT, line={"shape": "hv"}, **batch),
+    ]
+    if out_of_memory:
+        mark = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "out of memory",
+            "x": [event["step"] for event in out_of_memory[:MOST_POINTS]],
+            "marker": {"symbol": "x", "size": 7, "color": ALARM},
+        }
+        budgets = [float(event["budget_gb"] or "nan") for event in out_of_memory[:MOST_POINTS]]
+        data.append({**mark, "y": [None if math.isnan(budget) else budget for budget in budgets]})
+        data.append({**mark, **batch, "y": [event["micro_batch"] for event in out_of_memory[:MOST_POINTS]]})
+    most = max(4.0, float(steps["micro_batch"].max()))
+    powers = [2**power for power in range(int(math.log2(most)) + 1)]
+    batch_axis = axis("Micro-batch", type="log", tickvals=powers[::-2], domain=[0.66, 1])
+    memory_axis = axis("Memory (GB)", domain=[0, 0.58], range=[0, top_gb] if top_gb else None, rangemode="tozero")
+    look = layout(470, xaxis=axis("Optimizer step"), yaxis=memory_axis, yaxis2=batch_axis)
+    look["margin"]["t"] = 62  # two lines of legend, so that both plots have the same size
+    return {"data": data, "layout": look}

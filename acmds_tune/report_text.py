@@ -1,0 +1,224 @@
+"""The words and tables of report.html: HTML from records, without plots. Every text of the user is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from acmds_optimizer.config import TrainConfig, to_dict
+from acmds_tune.columns import FIGURES, STATUSES
+from acmds_tune.records import DONE, StudyRecord, TrialRecord, rule_of_choice
+from acmds_tune.report_figures import number
+
+MOST_ROWS = 500
+"""Rows of the table of all trials; trials.csv has the rest."""
+
+NOT_SETTINGS = ("output_dir", "data_dir", "seed")
+"""Where files lie and the trial's own seed: not part of what was found."""
+
+COUNTS = {column.name for column in FIGURES if column.dtype == "int"}
+
+
+def text(value: Any) -> str:
+    """`value` as text that is safe anywhere in the page."""
+    return html.escape(str(value))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def figure(trial: TrialRecord, name: str) -> str:
+    """A figure of a trial for people."""
+    value = trial.figures.get(name)
+    return number(int(value) if name in COUNTS and value is not None else value)
+
+
+def head(study: StudyRecord, environment: Mapping[str, Any]) -> str:
+    """Name, what was searched for, and the machine."""
+    counts = Counter(trial.status for trial in study.trials)
+    ended = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+    goals = ", ".join(f"{objective.direction} {objective.name}" for objective in study.objectives)
+    limits = " subject to " + ", ".join(study.constraints) if study.constraints else ""
+    facts = {
+        "started": study.created[:16].replace("T", " "),
+        "report made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "time in trials": duration(sum(trial.seconds or 0.0 for trial in study.trials)),
+        **flat(environment),
+    }
+    rows = "".join(
+        f"<div{' class=long' if len(str(value)) > 40 else ''}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
+        for name, value in facts.items()
+        if value
+    )
+    return (
+        f'<header><p class="kind">ACMDS search report</p><h1>{text(study.name)}</h1>'
+        f"<p>{text(goals[:1].upper() + goals[1:])}{text(limits)}. "
+        f"{len(study.trials)} trial{'s' if len(study.trials) != 1 else ''}{': ' + ended if ended else ''}.</p>"
+        f'<dl class="about">{rows}</dl></header>'
+    )
+
+
+def flat(environment: Mapping[str, Any]) -> dict[str, str]:
+    """environment.json as one line a fact; an inner mapping becomes one line."""
+    facts = {}
+    for name, value in environment.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if value not in (None, ""):
+            facts[name.replace("_", " ")] = number(value)
+    return facts
+
+
+def default_trial(study: StudyRecord) -> TrialRecord | None:
+    """The first trial that ran to its end with the defaults of acmds-train for all searched settings."""
+    defaults = to_dict(TrainConfig())
+    for trial in study.trials:
+        if trial.status in DONE and all(trial.config.get(name) == defaults.get(name) for name in study.searched):
+            return trial
+    return None
+
+
+def tiles(best: TrialRecord, baseline: TrialRecord | None) -> str:
+    """The best trial in a few numbers; `baseline` is the trial with the default settings."""
+    speed = best.figures.get("samples_per_second")
+    base = baseline.figures.get("samples_per_second") if baseline else None
+    cells = [(figure(best, "samples_per_second"), "samples/s", f"best: trial {best.number}")]
+    if baseline and baseline is not best and speed and base:
+        ooms = "" if baseline.feasible else f", {figure(baseline, 'oom_events')} OOM events"
+        cells.append((f"{speed / base:.2f}×", "the default settings", f"trial {baseline.number}: {number(base)}{ooms}"))
+    cells.append((figure(best, "oom_events"), "OOM events", f"in {figure(best, 'steps')} steps"))
+    limit = best.config.get("memory_limit_gb")
+    of_limit = f"of a limit of {number(limit)} GB" if limit else "no limit set"
+    cells.append((gigabytes(best, "peak_reserved_gb"), "peak reserved", of_limit))
+    target = number(best.config.get("target_headroom_gb"))
+    cells.append((gigabytes(best, "headroom_min_gb"), "least headroom", f"target {target} GB"))
+    accuracy = best.figures.get("val_accuracy")
+    if accuracy is not None:
+        cells.append((f"{100 * accuracy:.1f} %", "validation accuracy", f"loss {figure(best, 'val_loss')}"))
+    items = (f'<div class="tile"><b>{text(a)}</b>{text(b)}<span>{text(c)}</span></div>' for a, b, c in cells)
+    return f'<div class="tiles">{"".join(items)}</div>'
+
+
+def best_settings(study: StudyRecord, best: TrialRecord, folder: str) -> str:
+    """The settings of the best trial against the defaults, and the command that trains with them."""
+    defaults = to_dict(TrainConfig())
+    fixed = [
+        name
+        for name, value in best.config.items()
+        if name not in study.searched and name not in NOT_SETTINGS and value != defaults.get(name)
+    ]
+    searched = settings_table(study.searched, best.config, defaults)
+    rest = settings_table(fixed, best.config, defaults) if fixed else "<p>All others are the defaults.</p>"
+    cut = [f"{name} is {number(best.config[name])}" for name in ("max_steps", "max_seconds") if best.config.get(name)]
+    note = (
+        f"<p class=note>A trial is short: {text(' and '.join(cut))}. best.json keeps that, so that training repeats "
+        "the trial; to train for longer, give another value on the command line.</p>"
+    )
+    return (
+        "<section><h2>Best configuration</h2>"
+        f"<p>Trial {best.number}: {text(rule_of_choice(study))}. To train with it:</p>"
+        f"<pre>acmds-train --config results/{text(folder)}/best.json</pre>{note if cut else ''}"
+        f'<div class="pair"><div><h3>Searched</h3>{searched}</div>'
+        f"<div><h3>Set for all trials</h3>{rest}</div></div></section>"
+    )
+
+
+def settings_table(names: Iterable[str], config: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Value and default of each setting; what differs is marked."""
+    rows = []
+    for name in names:
+        value, default = config.get(name), defaults.get(name)
+        changed = value != default
+        rows.append(
+            f"<tr{' class=changed' if changed else ''}><td><code>{text(name)}</code><td>{text(setting(value))}"
+            f"<td>{text(setting(default))}<td class=tag>{'changed' if changed else ''}"
+        )
+    heads = "<thead><tr><th>setting<th>best<th>default<th></thead>"
+    return f"<table class=settings>{heads}<tbody>{''.join(rows)}</tbody></table>"
+
+
+def gigabytes(trial: TrialRecord, name: str) -> str:
+    """A figure in GB, short."""
+    value = trial.figures.get(name)
+    return number(value) if value is None else f"{value:.1f} GB"
+
+
+def setting(value: Any) -> str:
+    """A setting as one would write it in a configuration file."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else number(value)
+
+
+def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
+    """The table of all trials, sortable."""
+    names = ["samples_per_second", "oom_events", "peak_reserved_gb", "headroom_min_gb", "headroom_breach_fraction"]
+    names += ["batch_size_mean", "val_loss", "val_accuracy"]
+    heads = ["trial", "status", *names, "seconds", *study.searched]
+    wordy = {name for name in study.searched if any(is_word(trial.config.get(name)) for trial in study.trials)}
+    aligned = {name: "" if name == "status" or name in wordy else " class=n" for name in heads}
+    rows = []
+    for trial in study.trials[:MOST_ROWS]:
+        kind = " class=best" if trial is best else "" if trial.feasible else " class=off"
+        cells = [str(trial.number), trial.status, *(figure(trial, name) for name in names), number(trial.seconds)]
+        cells += [setting(trial.config.get(name)) for name in study.searched]
+        marked = (f"<td{aligned[name]}>{text(cell)}" for name, cell in zip(heads, cells, strict=True))
+        rows.append(f"<tr{kind}>{''.join(marked)}")
+    titles = "".join(f"<th{aligned[name]}>{text(name).replace('_', '_<wbr>')}" for name in heads)
+    more = f" Shown: the first {MOST_ROWS} of {len(study.trials)}." if len(study.trials) > MOST_ROWS else ""
+    return (
+        f"<section><h2>All trials</h2><p class=muted>Click on a heading to sort.{more} trials.csv beside this page has "
+        'more columns; docs/reports.md says what they mean.</p><div class="wide"><table class="trials">'
+        f"<thead><tr>{titles}</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def is_word(value: Any) -> bool:
+    """`value` is shown as a word, so its column is aligned to the left."""
+    return isinstance(value, (str, bool))
+
+
+def bad_ends(study: StudyRecord) -> str:
+    """Trials that cannot be the best, with the reasons."""
+    bad = [trial for trial in study.trials if not trial.feasible and trial.status != "running"]
+    if not bad:
+        return ""
+    rows = "".join(
+        f"<tr><td>{trial.number}<td>{text(trial.status)}<td>{figure(trial, 'oom_events')}<td>{text(trial.reason[:600])}"
+        for trial in bad[:MOST_ROWS]
+    )
+    return (
+        f"<section><h2>Rejected and failed trials</h2><p class=muted>{len(bad)} of {len(study.trials)}. The sampler is "
+        'told that they are bad, so that it keeps away from there.</p><div class="wide"><table class="reasons">'
+        f"<thead><tr><th>trial<th>status<th>OOM events<th>reason</thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def how_to_read(study: StudyRecord) -> str:
+    """What the words mean."""
+    statuses = "; ".join(f"<i>{text(status)}</i> {text(meaning)}" for status, meaning in STATUSES.items())
+    constraints = text(", ".join(study.constraints) or "none")
+    notes: Sequence[str] = (
+        "<b>Throughput</b> is useful samples over wall time after warm-up. Time lost to recovery from out-of-memory "
+        "errors is in it, so settings that gamble with memory do not look fast.",
+        f"<b>Feasible</b> trials ran to their end and kept every constraint ({constraints}). "
+        f"The best is {text(rule_of_choice(study))}.",
+        "<b>Budget</b> is what the process may hold: free memory plus what it holds, up to memory_limit_gb. "
+        "<b>Target</b> is the budget less target_headroom_gb. <b>Reserved</b> is what the allocator holds, "
+        "<b>allocated</b> what tensors use of it. GB are 2<sup>30</sup> bytes.",
+        f"<b>Status</b>: {statuses}.",
+        "One short run a setting is a noisy measurement: a difference of a few percent between trials may be chance.",
+    )
+    items = "".join(f"<li>{note}</li>" for note in notes)
+    space = f"<details><summary>study.yaml</summary><pre>{text(study.yaml)}</pre></details>" if study.yaml else ""
+    return f"<section><h2>How to read this</h2><ul>{items}</ul>{space}</section>"
