@@ -41,7 +41,7 @@ class CurriculumConfig:
     """GB this process may hold at most; none: all that is free (on the CPU: 24)."""
 
     min_batch_size: PositiveInt = 4
-    """Smallest micro-batch, in samples, that the controller chooses; only recovery from an out-of-memory error goes below."""
+    """Smallest micro-batch, in samples, that is chosen; only recovery from an out-of-memory error goes below."""
 
     max_batch_size: PositiveInt = 64
     """Largest micro-batch, in samples. Larger: more throughput up to the knee, more memory."""
@@ -56,7 +56,7 @@ class CurriculumConfig:
     """Learning-rate rule for batch_policy free: lr times (batch / max_batch_size) to the power 0, 1 or 1/2."""
 
     knee_gain_fraction: Fraction = 0.03
-    """Growth stops where the next micro-batch is predicted to add less throughput than this share; 0: memory alone decides."""
+    """Growth stops where the next size would add less throughput than this share; 0: memory alone decides."""
 
     max_oom_retries: PositiveInt = 10
     """How often one step may be repeated smaller after an out-of-memory error before the run gives up with an error."""
@@ -75,11 +75,11 @@ class CurriculumConfig:
     """Derivative gain, per step."""
 
     pressure_smoothing: Annotated[float, Ge(0.0), Lt(1.0)] = 0.9
-    """Share of the old value in the moving average of the error that growth is judged by; shrinking uses the raw error."""
+    """Share of the old value in the averaged error that growth is judged by; shrinking uses the raw error."""
 
     # --- curriculum
     direction: Literal["none", "easy", "hard", "random"] = "none"
-    """Which samples come first: none is plain shuffling; random is the control arm with the same paced sample counts."""
+    """Which samples come first: none is plain shuffling; random is the control arm with the same paced counts."""
 
     pacing: Literal["none", "linear", "root", "quadratic", "exponential", "logarithmic", "step"] = "linear"
     """How the admitted share of the samples grows with progress; used unless direction is none."""
@@ -142,7 +142,7 @@ class TrainConfig(CurriculumConfig):
     """`small_cnn`, a torchvision classification model, or `package.module:callable` called with num_classes."""
 
     dataset: str = "cifar10"
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, or `package.module:callable` returning (train, val)."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, or `package.module:callable` for (train, val)."""
 
     data_dir: str = "data"
     """Where downloaded data sets are kept, and where `imagenet` looks for train/ and val/."""
@@ -160,7 +160,7 @@ class TrainConfig(CurriculumConfig):
     """Random crops and horizontal flips in training (no flips for digits)."""
 
     num_workers: Annotated[int, Ge(0)] | None = None
-    """Processes that decode images; none: up to 8, one fewer than there are cores. Not used for data held on the device."""
+    """Processes that decode images; none: up to 8, one fewer than there are cores."""
 
     # --- how
     device: str = "cuda"
@@ -192,7 +192,7 @@ class TrainConfig(CurriculumConfig):
 
     # --- what is kept
     output_dir: str | None = None
-    """Folder for checkpoints, the resolved configuration, the environment and the step records; none: a new one in runs/."""
+    """Folder for checkpoint, resolved configuration, environment and step records; none: a new one in runs/."""
 
     checkpoint_every: Annotated[int, Ge(0)] = 1
     """Epochs between checkpoints; 0: none."""
@@ -214,6 +214,11 @@ def field_help(config_type: type[CurriculumConfig] = TrainConfig) -> dict[str, s
             if field.description:
                 texts[name] = field.description.replace("\n", " ")
     return texts
+
+
+def field_types(config_type: type[CurriculumConfig] = TrainConfig) -> dict[str, Any]:
+    """The type of each field, by name, without its bounds."""
+    return {name: field.annotation for name, field in config_type.__pydantic_fields__.items()}  # type: ignore[attr-defined]
 
 
 def to_dict(config: CurriculumConfig) -> dict[str, Any]:
@@ -260,7 +265,7 @@ def describe(error: ValidationError, valid_keys: list[str]) -> list[str]:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file. Keys may be written with dashes. A `best.json` of acmds-tune is read as it is.
+    """The mapping in a JSON or YAML file, or in a `best.json` of acmds-tune. Keys may be written with dashes.
 
     Raises:
         ConfigError: the file is missing, is not JSON or YAML, or holds no mapping.
@@ -273,7 +278,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(str(path), [f"is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]) from None
+        raise ConfigError(
+            str(path), [f"is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]
+        ) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -284,7 +291,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def load(
-    path: str | Path | None, overrides: Mapping[str, Any] | None = None, config_type: type[Config] = TrainConfig  # type: ignore[assignment]
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    config_type: type[Config] = TrainConfig,  # type: ignore[assignment]
 ) -> Config:
     """Defaults, overridden by the file at `path`, overridden by `overrides` (the explicit flags).
 

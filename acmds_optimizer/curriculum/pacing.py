@@ -1,6 +1,6 @@
 """Pacing functions: the share of the samples that is admitted, as a function of progress.
 
-Every function maps progress t in [0, 1] and a start share s in (0, 1] to a share in [s, 1], is s at t = 0 and 1 at t = 1.
+Every function maps progress t in [0, 1] and a start share s in (0, 1] to a share: s at t = 0, 1 at t = 1.
 """
 
 from __future__ import annotations

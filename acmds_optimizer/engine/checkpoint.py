@@ -27,8 +27,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -53,5 +53,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a file of another program, not an ACMDS checkpoint")
     if state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: written by another version (format {state.get('version')}, this one reads {VERSION})")
+        raise CheckpointError(
+            f"{path}: written by another version (format {state.get('version')}, this one reads {VERSION})"
+        )
     return state

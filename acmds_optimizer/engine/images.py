@@ -63,7 +63,10 @@ class Normaliser:
             self._shift = (-mean / std).view(-1, 1, 1).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images if self._identity else images.to(torch.float32).mul_(self._scale).add_(self._shift)
+        if self._identity:
+            return images
+        inputs = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return inputs.mul_(self._scale).add_(self._shift)
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,12 @@ def prepare(image: Image.Image | Tensor, spec: InputSpec, rng: np.random.Generat
         box = random_box(width, height, rng)
     else:
         box = centre_box(width, height, spec.shape, VALIDATION_RATIO if spec.crop == "resized" else 1.0)
-    cut = _cut_pil(image, box, spec.shape) if isinstance(image, Image.Image) else _cut_tensor(image, box, spec.shape)
-    return cut.flip(-1) if random and spec.flip and rng is not None and rng.random() < 0.5 else cut
+    flip = random and spec.flip and rng is not None and rng.random() < 0.5
+    cut = _cut_pil if isinstance(image, Image.Image) else _cut_tensor
+    return cut(image, box, spec.shape, flip)  # type: ignore[arg-type]  # mypy joins the two functions' arguments
 
 
-def _cut_pil(image: Image.Image, box: Box, shape: tuple[int, ...]) -> Tensor:
+def _cut_pil(image: Image.Image, box: Box, shape: tuple[int, ...], flip: bool) -> Tensor:
     channels, height, width = shape
     left, top, wide, high = box
     before = image.size
@@ -192,19 +196,21 @@ def _cut_pil(image: Image.Image, box: Box, shape: tuple[int, ...]) -> Tensor:
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height) or edges != (0, 0, width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=edges)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image))
     return pixels.unsqueeze(0) if channels == 1 else pixels.permute(2, 0, 1)
 
 
-def _cut_tensor(image: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
+def _cut_tensor(image: Tensor, box: Box, shape: tuple[int, ...], flip: bool) -> Tensor:
     if image.shape[0] != shape[0]:
         if image.shape[0] != 1:
             raise DataError(f"expected an image of {shape[0]} channels, but got {_say(image)}")
         image = image.expand(shape[0], -1, -1)
     left, top, wide, high = (round(edge) for edge in box)  # torchvision cuts whole pixels only
-    if (top, left, high, wide) == (0, 0, *shape[1:]):
-        return image[:, :high, :wide]
-    return functional.resized_crop(image, top, left, max(high, 1), max(wide, 1), list(shape[1:]), antialias=True)
+    if tuple(image.shape) != shape or (top, left, high, wide) != (0, 0, *shape[1:]):
+        image = functional.resized_crop(image, top, left, max(high, 1), max(wide, 1), list(shape[1:]), antialias=True)
+    return image.flip(-1) if flip else image
 
 
 def _say(image: Image.Image | Tensor) -> str:

@@ -42,7 +42,7 @@ def allow_tf32(config: CurriculumConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer the configuration names, fused where the device has it; a fused one allocates nothing in its step."""
+    """The optimizer the configuration names, fused (it allocates nothing in its step) where the device has it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": lambda **kw: torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **kw),
@@ -93,7 +93,7 @@ def checkpoint_activations(model: nn.Module) -> bool:
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     outermost = [block for block in blocks if id(block) not in inner]
     for block in outermost:
-        block.forward = _recomputed(block, block.forward)  # type: ignore[method-assign]
+        block.forward = _recomputed(block, block.forward)
     if not outermost:
         logger.warning("gradient checkpointing: %s has no sequence of blocks; training without", type(model).__name__)
     return bool(outermost)

@@ -68,20 +68,20 @@ def run_training(
     model = build_model(config.model, bundle.num_classes, in_channels=bundle.image_shape[0], image_size=size)
     if memory.device.type == "cuda":
         torch.cuda.manual_seed(config.seed)
-    if output_dir is not None:
+    state = checkpoint.load(resume) if resume is not None else None
+    trainer = ACMDSTrainer(
+        model, bundle.train, build_optimizer(model, config), config,
+        memory=memory, val_dataset=bundle.val, bundle=bundle,
+    )  # fmt: skip
+    if state is not None:
+        trainer.load_state_dict(state)
+    if output_dir is not None:  # only now: what cannot start leaves no folder behind
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", to_dict(config))
         write_json(output_dir / "environment.json", environment(memory.device))
-    state = _read_checkpoint(resume)
-    recorder = Recorder(output_dir, config.difficulty_window, state["trainer"]["step"] if state else None)
-    trainer = ACMDSTrainer(
-        model, bundle.train, build_optimizer(model, config), config, memory=memory,
-        val_dataset=bundle.val, bundle=bundle, recorder=recorder,
-    )  # fmt: skip
+        trainer.recorder = Recorder(output_dir, config.difficulty_window, trainer.step if state else None)
     logger.debug("ready to train %.1f s after the start", time.monotonic() - began)
     try:
-        if state is not None:
-            trainer.load_state_dict(state)
         trainer.on_progress = on_progress
         trainer.should_stop = should_stop or (lambda: False)
         _train(trainer, config, output_dir)
@@ -135,12 +135,6 @@ def _holds_a_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CHECKPOINT, "config.json", "steps.csv"))
 
 
-def _read_checkpoint(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    return checkpoint.load(path)
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure needs beside it: versions, hardware and the command."""
     import torchvision
@@ -171,4 +165,4 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`; a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -69,7 +69,7 @@ class TrainStep:
         weighted = (losses * part.weights).sum() / total
         if self.guard.scaler is not None:
             weighted = self.guard.scaler.scale(weighted)
-        weighted.backward()  # type: ignore[no-untyped-call]
+        weighted.backward()
         return losses.detach()
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class TrainStep:
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device_type, self.amp_dtype) if self.amp_dtype else nullcontext():
-            return self.model(inputs).float()  # type: ignore[no-any-return]
+            return self.model(inputs).float()
 
 
 class StepClock:
-    """Times steps without waiting for the device: CUDA events that are read once they have passed, or the CPU's clock."""
+    """Times steps without waiting for the device: by CUDA events, read once they have passed, or the CPU's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -174,7 +174,9 @@ class Recorder:
         headroom = budget_bytes - reserved_bytes
         figures["breaches"] += headroom < headroom_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, reserved_bytes)
-        self.headroom_min_bytes = headroom if self.headroom_min_bytes is None else min(headroom, self.headroom_min_bytes)
+        self.headroom_min_bytes = (
+            headroom if self.headroom_min_bytes is None else min(headroom, self.headroom_min_bytes)
+        )
         self._all_samples += row["effective_batch"]
         self._all_seconds += row["seconds"]
         if figures["steps"] > _WARM_UP_STEPS:
@@ -253,21 +255,21 @@ class Recorder:
     def outcome(self, **values: Any) -> Outcome:
         """The figures so far; `values` are those that the trainer knows."""
         steps = int(self.figures["steps"])
-        defaults: dict[str, Any] = dict(
-            samples_per_second=self.samples_per_second,
-            oom_events=int(self.figures["oom_events"]),
-            oom_recovered=int(self.figures["oom_recovered"]),
-            alloc_retries=int(self.figures["alloc_retries"]),
-            peak_reserved_gb=self.peak_reserved_bytes / GIB if steps else None,
-            headroom_min_gb=self.headroom_min_bytes / GIB if self.headroom_min_bytes is not None else None,
-            headroom_breach_fraction=self.figures["breaches"] / steps if steps else None,
-            batch_size_mean=self.figures["batches"] / steps if steps else None,
-            train_loss=self.epoch_loss,
-            val_loss=None,
-            val_accuracy=None,
-            steps=steps,
-            samples=int(self.figures["samples"]),
-        )
+        defaults: dict[str, Any] = {
+            "samples_per_second": self.samples_per_second,
+            "oom_events": int(self.figures["oom_events"]),
+            "oom_recovered": int(self.figures["oom_recovered"]),
+            "alloc_retries": int(self.figures["alloc_retries"]),
+            "peak_reserved_gb": self.peak_reserved_bytes / GIB if steps else None,
+            "headroom_min_gb": self.headroom_min_bytes / GIB if self.headroom_min_bytes is not None else None,
+            "headroom_breach_fraction": self.figures["breaches"] / steps if steps else None,
+            "batch_size_mean": self.figures["batches"] / steps if steps else None,
+            "train_loss": self.epoch_loss,
+            "val_loss": None,
+            "val_accuracy": None,
+            "steps": steps,
+            "samples": int(self.figures["samples"]),
+        }
         return Outcome(**{**defaults, **values})
 
     def close(self) -> None:

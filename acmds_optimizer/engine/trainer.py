@@ -114,7 +114,7 @@ class ACMDSTrainer:
         channels_last = self.config.channels_last and self.device.type == "cuda"
         self.model = model.to(self.device)
         if channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model = self.model.to(memory_format=torch.channels_last)
         if self.config.gradient_checkpointing:
             checkpoint_activations(self.model)
         if self.device.type == "cuda":
@@ -233,7 +233,9 @@ class ACMDSTrainer:
             last = size
             for repeat in range(repeats):
                 self._clock.start()
-                event = self.guard.rehearse(lambda micro: self.train_step.micro(batch.slice(0, micro), micro), size, failed)
+                event = self.guard.rehearse(
+                    lambda micro: self.train_step.micro(batch.slice(0, micro), micro), size, failed
+                )
                 if event is not None:
                     failed += 1
                     self.recorder.figures["oom_events"] += 1

@@ -56,17 +56,19 @@ class Decoder(Dataset[Chunk]):
 
     def __getitem__(self, request: Request) -> Chunk:
         spec = self.spec
-        images = torch.empty((len(request.indices), *spec.shape), dtype=torch.float32 if spec.is_float else torch.uint8)
-        targets = torch.empty(len(request.indices), dtype=torch.int64)
+        images = _empty(len(request.indices), spec)
+        labels = [0] * len(request.indices)
         for row, index in enumerate(request.indices.tolist()):
-            rng = sample_rng(spec.seed, request.epoch, request.first + row)
-            if self.is_foreign:  # its own random transforms, if any, use the global generators
+            rng = None
+            if self.is_foreign or request.augment:
+                rng = sample_rng(spec.seed, request.epoch, request.first + row)
+            if self.is_foreign and rng is not None:  # its own random transforms, if any, use the global generators
                 _seed_globals(int(rng.integers(2**32)))
             try:
-                images[row], targets[row] = self._read(index, rng if request.augment else None)
+                images[row], labels[row] = self._read(index, rng if request.augment else None)
             except DataError as error:
-                return images[:0], targets[:0], str(error)
-        return images, targets, ""
+                return images[:0], torch.empty(0, dtype=torch.int64), str(error)
+        return images, torch.tensor(labels, dtype=torch.int64), ""
 
     def _read(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         if self.is_foreign:
@@ -88,6 +90,13 @@ class Decoder(Dataset[Chunk]):
                 f"give num_classes of at least {label + 1}"
             )
         return pixels, label
+
+
+def _empty(count: int, spec: InputSpec) -> Tensor:
+    """Room for `count` items; images channels last, as decoders give them, which makes storing one a plain copy."""
+    if spec.is_float:
+        return torch.empty((count, *spec.shape))
+    return torch.empty((count, *spec.shape), dtype=torch.uint8, memory_format=torch.channels_last)
 
 
 def _seed_globals(seed: int) -> None:
@@ -221,7 +230,7 @@ def _chunk_samples(item_bytes: int, workers: int) -> int:
 def decode_all(dataset: Dataset[Any], spec: InputSpec, workers: int) -> tuple[Tensor, np.ndarray]:
     """Every item, in order: images (n, *spec.shape) in host memory and (n,) int64 labels."""
     count = length(dataset)
-    images = torch.empty((count, *spec.shape), dtype=torch.float32 if spec.is_float else torch.uint8)
+    images = _empty(count, spec)
     targets = torch.empty(count, dtype=torch.int64)
     reader = ChunkReader(dataset, spec, workers, pin=False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import math
@@ -105,9 +106,7 @@ class MemoryPressureController:
         Args:
             sample_work: size of the largest coming sample relative to the usual one; 1 where all are alike.
         """
-        self.state, decision = law.decide(
-            self.state, self.limits, self._reading.budget_bytes, sample_work, self.step
-        )
+        self.state, decision = law.decide(self.state, self.limits, self._reading.budget_bytes, sample_work, self.step)
         return decision
 
     def begin_step(self) -> None:
@@ -270,11 +269,10 @@ class MemoryPressureController:
             try:
                 self.metrics_queue.put_nowait(reading)
             except queue.Full:
-                try:
+                with contextlib.suppress(queue.Empty):
                     self.metrics_queue.get_nowait()
-                except queue.Empty:
-                    pass
-                self.metrics_queue.put(reading)
+                with contextlib.suppress(queue.Full):
+                    self.metrics_queue.put_nowait(reading)
 
     def shutdown(self) -> None:
         """Stop the monitor and give the device back. Idempotent."""

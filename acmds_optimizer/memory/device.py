@@ -279,5 +279,7 @@ def open_memory(device: str | int | torch.device, memory_limit_gb: float | None 
             f'device_id="cpu" (command line: --device cpu)'
         )
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise ConfigError("device", [f"{device} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"])
+        raise ConfigError(
+            "device", [f"{device} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"]
+        )
     return CudaMemory(device, limit_bytes)

@@ -262,7 +262,9 @@ class Guard:
         if len(groups) != 1 or not groups[0].get("fused"):
             return False
         parameters = [p for p in groups[0]["params"] if p.requires_grad]
-        return len({(p.device, p.dtype) for p in parameters}) == 1 and all(p in self.optimizer.state for p in parameters)
+        return len({(p.device, p.dtype) for p in parameters}) == 1 and all(
+            p in self.optimizer.state for p in parameters
+        )
 
     def _remember_optimizer(self) -> Callable[[], None]:
         """Keep what the optimizer changes. A fused kernel allocates nothing, so there only its step counts are kept."""

@@ -95,7 +95,11 @@ class PeakModel:
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Plain numbers, for a checkpoint."""
         rows = [[bin_.work, bin_.peak, float(bin_.count), float(bin_.step)] for bin_ in self.bins]
-        return {"bins": rows, "residuals": [list(self.residuals)], "line": [[self.intercept, self.slope, self.margin_fraction]]}
+        return {
+            "bins": rows,
+            "residuals": [list(self.residuals)],
+            "line": [[self.intercept, self.slope, self.margin_fraction]],
+        }
 
     @staticmethod
     def from_state_dict(state: dict[str, list[list[float]]]) -> PeakModel:

@@ -1,0 +1,238 @@
+"""acmds-train: one training run from flags, a configuration file, or both."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from acmds_optimizer.config import TrainConfig, build, field_help, field_types, read_file
+from acmds_optimizer.errors import ACMDSError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from acmds_optimizer.engine.trainer import Progress
+
+EPILOG = """examples:
+  acmds-train --model resnet50 --dataset cifar10 --num-classes 10 --epochs 50
+  acmds-train --config results/quickstart/best.json --epochs 20
+  acmds-train --model resnet50 --dataset path/to/images --target-headroom-gb 4 --min-batch-size 8 --max-batch-size 32
+  acmds-train --resume runs/my_run
+
+Flags override the file, the file overrides the defaults. GB are 2**30 bytes."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag a setting, made from TrainConfig, beside the few that are about the command itself."""
+    parser = argparse.ArgumentParser(
+        prog="acmds-train",
+        description="Train an image classifier with a held memory headroom.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings in JSON or YAML, such as a best.json of acmds-tune")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="continue a run: its folder or checkpoint; settings are the run's unless given"
+    )
+    parser.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
+    parser.add_argument("--quiet", action="store_true", help="no progress display; warnings only")
+    settings = parser.add_argument_group("settings")
+    defaults, kinds = TrainConfig(), field_types()
+    for name, text in field_help().items():
+        default = getattr(defaults, name)
+        flag = "--" + name.replace("_", "-")
+        help_text = f"{text} (default: {'none' if default is None else default})".replace("%", "%%")
+        kind: dict[str, Any] = {"metavar": _metavar(kinds[name])}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        settings.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **kind)
+    return parser
+
+
+def _metavar(kind: Any) -> str:
+    """What a value looks like: the choices, N for a whole number, X for any number."""
+    members = [m for m in get_args(kind) if m is not type(None)] or [kind]
+    if all(isinstance(member, str) for member in members):
+        return "{" + ",".join(members) + "}"
+    base = get_args(members[0])[0] if get_origin(members[0]) is Annotated else members[0]
+    return {int: "N", float: "X"}.get(base, "TEXT")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, 1 for a run that failed, 2 for wrong usage, 130 when interrupted."""
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
+    own = {name: options.pop(name) for name in ("config", "resume", "log_file", "quiet")}
+    _set_up_logging(own["log_file"], quiet=own["quiet"])
+    try:
+        return _train(own, options)
+    except ACMDSError as error:
+        print(f"acmds-train: {error}", file=sys.stderr)
+        return error.exit_code
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA is not available"):
+            raise
+        print(f"acmds-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("acmds-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
+    resume = Path(own["resume"]) if own["resume"] else None
+    config, output_dir = _resolve(own["config"], resume, flags)
+    from acmds_optimizer.engine.run import CHECKPOINT, run_training  # torch loads here, after --help and typos
+
+    stop = _StopOnSignal()
+    with _Display(quiet=own["quiet"]) as display, stop:
+        outcome = run_training(
+            config,
+            output_dir=output_dir,
+            resume=resume,
+            on_progress=display.update,
+            should_stop=lambda: stop.asked,
+        )
+    from acmds_optimizer.engine.telemetry import to_plain
+
+    for name, value in to_plain(outcome).items():
+        print(f"{name}: {value}")
+    if stop.asked:
+        kept = f"; continue with: acmds-train --resume {output_dir}" if (output_dir / CHECKPOINT).exists() else ""
+        print(f"acmds-train: interrupted after step {outcome.steps}{kept}", file=sys.stderr)
+        return 130
+    print(f"acmds-train: done; records and checkpoint are in {output_dir}", file=sys.stderr)
+    return 0
+
+
+def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path]:
+    """The configuration and the output folder, from the resumed run, the file and the flags, in rising order."""
+    base: dict[str, Any] = {}
+    if resume is not None:
+        folder = resume if resume.is_dir() else resume.parent
+        if not (folder / "config.json").is_file():
+            raise ConfigError("--resume", [f"{folder} holds no config.json, so it is not the folder of a run"])
+        base = read_file(folder / "config.json")
+        flags = {"output_dir": str(folder), **flags}
+    from_file = read_file(config_file) if config_file else {}
+    config = build(TrainConfig, {**base, **from_file, **flags}, config_file or "command line")
+    if config.output_dir is not None:
+        return config, Path(config.output_dir)
+    name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")
+    return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class _StopOnSignal:
+    """The first Ctrl-C or SIGTERM asks the run to stop at the next step; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        logging.getLogger(__name__).warning("stopping after this step; press Ctrl-C again to stop at once")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Display:
+    """Progress on stderr: a live bar on a terminal, a line every ten seconds elsewhere."""
+
+    _LINE_S = 10.0
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._last_line = time.monotonic()
+        if not quiet and not self._lines:
+            self._bar = _make_bar()
+
+    def __enter__(self) -> _Display:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=None, text="starting")
+        return self
+
+    def update(self, progress: Progress) -> None:
+        text = describe(progress)
+        if self._bar is not None and self._task is not None:
+            total = max(progress.total_steps, progress.step) or None
+            self._bar.update(self._task, completed=progress.step, total=total, text=text)
+        elif self._lines and time.monotonic() - self._last_line >= self._LINE_S:
+            self._last_line = time.monotonic()
+            logging.getLogger(__name__).info("step %d of %d: %s", progress.step, progress.total_steps, text)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _make_bar() -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from acmds_optimizer.console import console
+
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    return Progress(*columns, console=console(), transient=True)
+
+
+def describe(progress: Progress) -> str:
+    """One line: speed, micro-batch, free memory against the target, loss, validation, errors."""
+    words = [
+        f"{progress.samples_per_second or 0:,.0f} samples/s",
+        f"batch {progress.batch_size}",
+        f"free {progress.free_gb:.3g}/{progress.target_headroom_gb:.3g} GB",
+    ]
+    if progress.loss is not None:
+        words.append(f"loss {progress.loss:.4f}")
+    if progress.val_accuracy is not None:
+        words.append(f"val {progress.val_accuracy:.2%}")
+    if progress.oom_events:
+        words.append(f"{progress.oom_events} OOM recovered")
+    return "  ".join(words)
+
+
+def _set_up_logging(log_file: str | None, *, quiet: bool) -> None:
+    level = logging.WARNING if quiet else logging.INFO
+    handlers: list[logging.Handler] = []
+    if sys.stderr.isatty():
+        from rich.logging import RichHandler
+
+        from acmds_optimizer.console import console
+
+        handlers.append(RichHandler(console=console(), show_path=False, log_time_format="%H:%M:%S"))
+    else:
+        handlers.append(logging.StreamHandler(sys.stderr))
+        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    handlers[0].setLevel(level)
+    if log_file:
+        try:
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        except OSError as error:
+            print(f"acmds-train: --log-file: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
