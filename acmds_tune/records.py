@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -141,10 +141,9 @@ def why_no_best(study: StudyRecord) -> str:
     return " ".join(lines)
 
 
-def worst(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The trial with the most out-of-memory events, of equals the slowest; None of none."""
-    return max(
+def worst_first(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Those with the most out-of-memory events first, of equals the slowest."""
+    return sorted(
         trials,
-        key=lambda t: (t.figures.get("oom_events") or 0, -(t.figures.get("samples_per_second") or 0.0)),
-        default=None,
+        key=lambda t: (-(t.figures.get("oom_events") or 0), t.figures.get("samples_per_second") or 0.0, t.number),
     )

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,11 +72,13 @@ def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        for position, objective in enumerate(study.objectives):
-            # one objective each, so that the evaluator knows its direction
-            single = optuna.create_study(direction=objective.direction)
-            single.add_trials([_with_value(trial, position) for trial in trials])
-            shares[objective.name] = get_param_importances(single, evaluator=PedAnovaImportanceEvaluator())
+        with warnings.catch_warnings():  # of trials that are all alike: the shares are then equal or 0, and shown so
+            warnings.simplefilter("ignore")
+            for position, objective in enumerate(study.objectives):
+                # one objective each, so that the evaluator knows its direction
+                single = optuna.create_study(direction=objective.direction)
+                single.add_trials([_with_value(trial, position) for trial in trials])
+                shares[objective.name] = get_param_importances(single, evaluator=PedAnovaImportanceEvaluator())
     finally:
         optuna.logging.set_verbosity(verbosity)
     return shares

@@ -206,6 +206,7 @@ def history(study: StudyRecord, marked: Marked) -> Figure | None:
             points[trial.number] = (trial.number, value)
     if not points:
         return None
+    last = study.trials[-1].number
     so_far: list[tuple[int, float]] = []
     for trial in study.feasible:
         value = trial.values[0] if trial.values else math.nan
@@ -215,12 +216,12 @@ def history(study: StudyRecord, marked: Marked) -> Figure | None:
         "type": "scatter",
         "mode": "lines",
         "name": "best so far",
-        "x": [*(x for x, _ in so_far), study.trials[-1].number],
+        "x": [*(x for x, _ in so_far), last],
         "y": [*(y for _, y in so_far), so_far[-1][1] if so_far else None],
         "line": {"color": PALE, "width": 2, "shape": "hv"},
         "hoverinfo": "skip",
     }
-    x_axis = axis("Trial", tickformat="d", range=[-1, study.trials[-1].number + 1])
+    x_axis = axis("Trial", tickformat="d", range=[-1, last + 1], **({"dtick": 1} if last < 10 else {}))
     data = [*([line] if so_far else []), *scatter(study, marked, points)]
     return {"data": data, "layout": layout(xaxis=x_axis, yaxis=axis(label(objective.name)))}
 
@@ -306,6 +307,8 @@ def memory_over_steps(steps: pd.DataFrame, events: Sequence[Mapping[str, Any]], 
     powers = [2**power for power in range(int(math.log2(most)) + 1)]
     batch_axis = axis("Micro-batch", type="log", tickvals=powers[::-2], domain=[0.66, 1])
     memory_axis = axis("Memory (GB)", domain=[0, 0.58], range=[0, top_gb] if top_gb else None, rangemode="tozero")
-    look = layout(470, xaxis=axis("Optimizer step"), yaxis=memory_axis, yaxis2=batch_axis)
+    look = layout(
+        470, xaxis=axis("Optimizer step", range=[x[0], max(x[-1], x[0] + 1)]), yaxis=memory_axis, yaxis2=batch_axis
+    )
     look["margin"]["t"] = 62  # two lines of legend, so that both plots have the same size
     return {"data": data, "layout": look}

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from acmds_tune import report_figures as figures
 from acmds_tune import report_text as words
-from acmds_tune.records import DONE, StudyRecord, choose_best, why_no_best, worst
+from acmds_tune.records import DONE, StudyRecord, choose_best, why_no_best, worst_first
 from acmds_tune.report import FEWEST_TRIALS_FOR_IMPORTANCES, read_events, trial_dir
 from acmds_tune.report_text import text
 
@@ -167,30 +167,26 @@ def responses(study: StudyRecord, study_dir: Path, into: dict[str, Any]) -> str:
     """Batch size and memory over the steps of the best and of the worst trial."""
     best = choose_best(study)
     ended = [trial for trial in study.trials if trial.status != "running" and trial is not best]
-    roles = {
-        "best": best,
-        "worst": worst([t for t in ended if (trial_dir(study_dir, t.number) / "steps.csv").is_file()]),
-    }
     shown = []
-    for role, trial in roles.items():
-        steps = read_steps(study_dir, trial.number) if trial else None
-        if trial is not None and steps is not None:
-            shown.append((role, trial, steps))
+    for role, trials in (("best", [best] if best else []), ("worst", worst_first(ended))):
+        for trial in trials:
+            steps = read_steps(study_dir, trial.number)
+            if steps is not None:
+                shown.append((role, trial, steps))
+                break
     if not shown:
         return '<section><h2>Memory over the steps</h2><div class="empty">No trial left step records.</div></section>'
     highest = max(float(steps[["budget_gb", "reserved_gb", "peak_allocated_gb"]].max().max()) for *_, steps in shown)
     parts = []
     for role, trial, steps in shown:
-        caption = (
-            f"{text(trial.status)}, {words.figure(trial, 'oom_events')} out-of-memory events, "
-            f"{words.figure(trial, 'samples_per_second')} samples/s."
-        )
+        speed, errors = words.figure(trial, "samples_per_second"), words.figure(trial, "oom_events")
+        caption = f"{text(trial.status)}; {speed} samples/s; out-of-memory events: {errors}"
         events = read_events(study_dir, trial.number)
         drawn = figures.memory_over_steps(steps, events, 1.06 * highest if math.isfinite(highest) else None)
         parts.append(plot(f"steps_{role}", f"Trial {trial.number}, the {role}", caption, drawn, "", into))
     return (
         "<section><h2>Memory over the steps</h2><p class=muted>The controller chooses the micro-batch so that what "
-        "is reserved stays under the target, which is the budget less the headroom. The worst trial is the one with the "
+        "is reserved stays under the target, which is the budget less the headroom. The worst trial has the "
         "most out-of-memory events, of equals the slowest. All memory axes are the same.</p>"
         f'<div class="plots">{"".join(parts)}</div></section>'
     )

@@ -1,0 +1,424 @@
+"""From an Optuna journal to trials.csv, events.csv, best.json and report.html."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState, create_trial
+
+from acmds_optimizer.config import TrainConfig, read_file, to_dict
+from acmds_optimizer.engine import telemetry
+from acmds_optimizer.errors import ConfigError
+from acmds_tune import report, report_figures, report_html
+from acmds_tune.columns import EVENT_COLUMNS, STATUSES, STEP_COLUMNS, trial_columns, with_current_tables
+from acmds_tune.records import choose_best, pareto_front, worst_first
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SPACE = {
+    "max_batch_size": IntDistribution(4, 256),
+    "pid_kp": FloatDistribution(0.01, 1.0),
+    "direction": CategoricalDistribution(["none", "easy"]),
+    "gradient_checkpointing": CategoricalDistribution([True, False]),
+}
+SPEED = ({"name": "samples_per_second", "direction": "maximize"},)
+PARETO = (*SPEED, {"name": "val_loss", "direction": "minimize"})
+MEASURED = {
+    "oom_recovered": 0,
+    "alloc_retries": 1,
+    "peak_reserved_gb": 9.25,
+    "headroom_min_gb": 2.75,
+    "headroom_breach_fraction": 0.0,
+    "batch_size_mean": 30.5,
+    "train_loss": 1.5,
+    "val_loss": 1.25,
+    "val_accuracy": 0.5,
+    "steps": 100,
+    "samples": 6400,
+    "seconds": 12.5,
+}
+
+
+class Study:
+    """A study in a folder, as the search writes it."""
+
+    def __init__(self, folder: Path, objectives: tuple[Mapping[str, str], ...] = SPEED, name: str = "demo") -> None:
+        self.folder, self.objectives = folder, objectives
+        folder.mkdir(exist_ok=True)
+        self.study = optuna.create_study(
+            study_name=name,
+            storage=JournalStorage(JournalFileBackend(str(folder / report.JOURNAL))),
+            directions=[objective["direction"] for objective in objectives],
+        )
+        about = {
+            "name": name,
+            "objectives": list(objectives),
+            "constraints": ["oom_events <= 0"],
+            "parameters": list(SPACE),
+            "yaml": f"name: {name}\n",
+            "created": "2026-01-02T03:04:05+00:00",
+        }
+        self.study.set_user_attr("acmds", about)
+        (folder / "environment.json").write_text('{"gpu": "RTX 3090", "versions": {"torch": "2.15.0"}}')
+
+    def add(
+        self,
+        speed: float | None = 100.0,
+        oom_events: int = 0,
+        status: str = "ok",
+        state: TrialState = TrialState.COMPLETE,
+        reason: str = "",
+        searched: Mapping[str, Any] | None = None,
+        **figures: Any,
+    ) -> int:
+        """One trial; without `speed` one that measured nothing. Returns its number."""
+        number = len(self.study.trials)
+        values = {"max_batch_size": 32, "pid_kp": 0.25, "direction": "none", "gradient_checkpointing": False}
+        values.update(searched or {})
+        seed = 1000 + number
+        attrs: dict[str, Any] = {"seed": seed, "config": to_dict(TrainConfig(**values, seed=seed))}
+        if state.is_finished():
+            attrs |= {"status": status, "reason": reason, "constraints": [oom_events if status == "ok" else 1.0]}
+        if speed is not None:
+            attrs |= {**MEASURED, "samples_per_second": speed, "oom_events": oom_events, **figures}
+        told = [attrs.get(objective["name"], 0.0) for objective in self.objectives]
+        self.study.add_trial(
+            create_trial(
+                state=state,
+                params=values,
+                distributions=SPACE,
+                values=told if state == TrialState.COMPLETE else None,
+                user_attrs=attrs,
+            )
+        )
+        return number
+
+    def add_files(self, number: int, steps: int = 40, oom_steps: tuple[int, ...] = ()) -> None:
+        """steps.csv and events.csv of a trial, with the columns that the trainer writes."""
+        folder = report.trial_dir(self.folder, number)
+        folder.mkdir(parents=True)
+        row = dict.fromkeys(telemetry.STEP_COLUMNS, 1.0) | {
+            "budget_gb": 10.0,
+            "target_headroom_gb": 2.0,
+            "reason": "hold",
+        }
+        rows = [{**row, "step": step, "micro_batch": 16, "peak_allocated_gb": 5 + step % 7} for step in range(steps)]
+        pd.DataFrame(rows).to_csv(folder / "steps.csv", index=False)
+        event = dict.fromkeys(telemetry.EVENT_COLUMNS, 1) | {
+            "kind": "out_of_memory",
+            "recovered": True,
+            "message": "a, b",
+        }
+        events = [{**event, "step": step} for step in oom_steps]
+        pd.DataFrame(events, columns=list(telemetry.EVENT_COLUMNS)).to_csv(folder / "events.csv", index=False)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path / "demo")
+
+
+@pytest.fixture
+def mixed(study: Study) -> Study:
+    """A trial of every kind; number 4 is the best that is feasible."""
+    study.add(100.0)
+    study.add(900.0, oom_events=3)
+    study.add(None, status="crashed", reason="killed by signal 9")
+    study.add(950.0, status="stopped", reason="pruned")
+    study.add(300.0, searched={"direction": "easy", "gradient_checkpointing": True, "max_batch_size": 64})
+    study.add(None, status="oom", reason="does not fit\nat micro-batch 1")
+    study.add(None, state=TrialState.RUNNING)
+    return study
+
+
+def trials_table(study: Study) -> pd.DataFrame:
+    report.write_tables(study.folder)
+    return pd.read_csv(study.folder / "trials.csv")
+
+
+# --- tables
+
+
+def test_every_started_trial_is_a_row_whatever_became_of_it(mixed: Study) -> None:
+    table = trials_table(mixed)
+    assert table.status.tolist() == ["ok", "infeasible", "crashed", "stopped", "ok", "oom", "running"]
+    assert table.trial.tolist() == list(range(7))
+    assert table.columns.tolist() == trial_columns(list(SPACE))
+
+
+def test_a_trial_that_waits_to_be_started_is_no_row(study: Study) -> None:
+    study.add(100.0)
+    study.study.enqueue_trial({"max_batch_size": 8})
+    assert len(trials_table(study)) == 1
+
+
+def test_pandas_reads_the_right_types_without_arguments(mixed: Study) -> None:
+    types = {name: str(dtype) for name, dtype in trials_table(mixed).dtypes.items()}
+    whole = [
+        "trial",
+        "oom_events",
+        "oom_recovered",
+        "alloc_retries",
+        "steps",
+        "samples",
+        "seed",
+        "config/max_batch_size",
+    ]
+    assert {name for name, dtype in types.items() if dtype == "int64"} == set(whole)
+    assert {name for name, dtype in types.items() if dtype == "bool"} == {"feasible", "config/gradient_checkpointing"}
+    words = ["status", "reason", "config/direction"]
+    assert {types[name] for name in words} <= {"str", "object"}  # pandas 3 and pandas 2
+    assert {types[name] for name in types if name not in [*whole, *words]} == {"bool", "float64"}
+
+
+def test_a_trial_that_measured_nothing_has_empty_measurements_and_counts_of_zero(mixed: Study) -> None:
+    row = trials_table(mixed).iloc[2]
+    assert pd.isna(row.samples_per_second)
+    assert row.oom_events == 0
+    assert not row.feasible
+    assert row.reason == "killed by signal 9"
+
+
+def test_a_trial_out_of_memory_for_good_counts_at_least_one_event_and_its_reason_is_one_line(mixed: Study) -> None:
+    row = trials_table(mixed).iloc[5]
+    assert row.oom_events == 1
+    assert row.reason == "does not fit at micro-batch 1"
+
+
+def test_reasons_are_text_also_where_all_trials_are_ok(study: Study) -> None:
+    study.add()
+    assert trials_table(study).reason.tolist() == ["finished"]
+
+
+def test_a_setting_that_was_not_searched_in_a_trial_has_the_value_it_was_run_with(study: Study) -> None:
+    config = to_dict(TrainConfig(max_batch_size=48))
+    study.study.add_trial(create_trial(value=1.0, user_attrs={"status": "ok", "config": config}))
+    assert trials_table(study)["config/max_batch_size"].tolist() == [48]
+
+
+def test_events_of_all_trials_are_in_one_table_and_a_line_cut_off_is_left_out(mixed: Study) -> None:
+    mixed.add_files(1, oom_steps=(5, 7))
+    mixed.add_files(2, oom_steps=(3,))
+    path = report.trial_dir(mixed.folder, 2) / "events.csv"
+    path.write_text(path.read_text() + "9,1,3.5,out_of_")
+    report.write_tables(mixed.folder)
+    events = pd.read_csv(mixed.folder / "events.csv")
+    assert events[["trial", "step"]].to_numpy().tolist() == [[1, 5], [1, 7], [2, 3]]
+    assert events.recovered.dtype == bool
+    assert events.columns.tolist() == [column.name for column in EVENT_COLUMNS]
+
+
+def test_a_failure_while_writing_leaves_the_old_file(mixed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trials_table(mixed)
+    mixed.add(1.0)
+
+    def full_disk(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_tables(mixed.folder)
+    pd.testing.assert_frame_equal(pd.read_csv(mixed.folder / "trials.csv"), before)
+    assert not list(mixed.folder.glob(".*.tmp"))
+
+
+def test_a_folder_without_a_study_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it has no journal"):
+        report.write_tables(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the best
+
+
+def test_the_best_is_feasible_though_others_are_faster(mixed: Study) -> None:
+    best = choose_best(report.load_study(mixed.folder))
+    assert best is not None
+    assert best.number == 4
+
+
+def test_with_two_objectives_the_best_is_nearest_to_the_ideal_point(tmp_path: Path) -> None:
+    study = Study(tmp_path / "demo", PARETO)
+    study.add(100.0, val_loss=1.0)
+    study.add(200.0, val_loss=2.0)
+    study.add(180.0, val_loss=1.2)  # 0.2 from the best in each of two
+    study.add(150.0, val_loss=1.9)  # beaten by the one before
+    best = choose_best(report.load_study(study.folder))
+    assert best is not None
+    assert best.number == 2
+
+
+def test_of_two_trials_at_the_ends_of_the_front_the_first_objective_decides(tmp_path: Path) -> None:
+    study = Study(tmp_path / "demo", PARETO)
+    study.add(100.0, val_loss=1.0)
+    study.add(200.0, val_loss=2.0)
+    best = choose_best(report.load_study(study.folder))
+    assert best is not None
+    assert best.number == 1
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    assert pareto_front([(1, 4), (2, 2), (3, 3), (4, 1), (2, 2), (5, 1)]) == [0, 1, 3, 4]
+
+
+def test_the_worst_trials_are_those_with_most_errors_then_the_slowest(study: Study) -> None:
+    for speed, errors in ((100.0, 0), (50.0, 2), (20.0, 2), (10.0, 0)):
+        study.add(speed, oom_events=errors)
+    assert [trial.number for trial in worst_first(report.load_trials(study.folder))] == [2, 1, 3, 0]
+
+
+def test_best_json_is_read_by_the_trainer_as_the_settings_of_the_trial(mixed: Study) -> None:
+    best = report.write_best(mixed.folder)
+    assert best is not None
+    path = mixed.folder / "best.json"
+    assert TrainConfig(**read_file(path)) == TrainConfig(
+        max_batch_size=64, pid_kp=0.25, direction="easy", gradient_checkpointing=True, seed=1004
+    )
+    about = json.loads(path.read_text())["acmds_study"]
+    assert about["trial"] == 4
+    assert about["objectives"] == {"samples_per_second": {"direction": "maximize", "value": 300.0}}
+    assert about["figures"]["oom_events"] == 0
+    assert about["versions"] == {"torch": "2.15.0"}
+
+
+def test_without_a_feasible_trial_there_is_no_best_json_and_the_log_says_why(
+    study: Study, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.add(100.0, oom_events=2)
+    study.add(None, status="crashed")
+    assert report.write_best(study.folder) is None
+    assert not (study.folder / "best.json").exists()
+    assert "1 infeasible, 1 crashed" in caplog.text
+    assert "oom_events <= 0" in caplog.text
+
+
+# --- the page
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_is_under_two_megabytes(mixed: Study) -> None:
+    mixed.add_files(4)
+    mixed.add_files(1, steps=5000, oom_steps=(5, 4000))
+    page = report.write_html(mixed.folder).read_text(encoding="utf-8")
+    assert len(page.encode()) < 2_000_000
+    assert not re.search(r"(?:src|href)\s*=|@import|url\(|https?://", page.split('<script id="library"')[0])
+    assert page.count("<script") == page.count("</script>") == 3
+    assert set(re.findall(r'class="plot" id="(\w+)"', page)) == {
+        "oom",
+        "pareto",
+        "history",
+        "steps_best",
+        "steps_worst",
+    }
+    assert "acmds-train --config results/demo/best.json" in page
+
+
+def test_text_of_the_user_is_escaped_everywhere(tmp_path: Path) -> None:
+    evil = "<script>alert('1')</script>{{library}}"
+    study = Study(tmp_path / "demo", name=evil)
+    study.add(100.0)
+    study.add(None, status="error", reason=evil)
+    page = report.write_html(study.folder).read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert page.count("&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;{{library}}") >= 3
+
+
+@pytest.mark.parametrize("kind", ["no trial", "one trial", "one running", "none feasible"])
+def test_a_study_with_little_in_it_has_a_page(study: Study, kind: str) -> None:
+    if kind == "one trial":
+        study.add()
+    elif kind == "one running":
+        study.add(None, state=TrialState.RUNNING)
+    elif kind == "none feasible":
+        study.add(None, status="crashed", reason="killed")
+        study.add(50.0, oom_events=1)
+    best = report.write_all(study.folder)
+    page = (study.folder / "report.html").read_text(encoding="utf-8")
+    assert (best is not None) == (kind == "one trial")
+    if kind == "none feasible":
+        assert "None of 2 trials is feasible" in page
+    assert "Needs 10 trials" in page
+
+
+def test_importances_are_shares_for_each_objective_from_ten_trials_on(tmp_path: Path) -> None:
+    study = Study(tmp_path / "demo", PARETO)
+    for number in range(9):
+        study.add(10.0 * number, searched={"max_batch_size": 8 + 10 * number, "pid_kp": 0.1 + (number * 7 % 9) / 10})
+    assert report.importances(study.folder) == {}
+    study.add(100.0, searched={"max_batch_size": 100})
+    shares = report.importances(study.folder)
+    assert list(shares) == ["samples_per_second", "val_loss"]
+    assert sum(shares["samples_per_second"].values()) == pytest.approx(1.0)
+    assert max(shares["samples_per_second"], key=shares["samples_per_second"].__getitem__) == "max_batch_size"
+
+
+def test_all_plots_are_valid_plotly_figures(mixed: Study) -> None:
+    mixed.add_files(4, oom_steps=(3,))
+    record = report.load_study(mixed.folder)
+    marked = {"best": record.trials[4]}
+    steps = report_html.read_steps(mixed.folder, 4)
+    assert steps is not None
+    drawn = [
+        report_figures.throughput_against_oom(record, marked),
+        report_figures.pareto(record, marked),
+        report_figures.history(record, marked),
+        report_figures.importance({"samples_per_second": {"lr": 0.75, "pid_kp": 0.25}}),
+        report_figures.memory_over_steps(steps, report.read_events(mixed.folder, 4), 12.0),
+    ]
+    for figure in drawn:
+        assert go.Figure(figure).data  # raises for a property that plotly does not know
+
+
+def test_only_feasible_trials_are_on_the_front_and_in_the_best_so_far(mixed: Study) -> None:
+    record = report.load_study(mixed.folder)
+    front, history = report_figures.pareto(record, {}), report_figures.history(record, {})
+    assert front is not None
+    assert front["data"][0]["x"] == [300.0]
+    assert history is not None
+    assert (history["data"][0]["x"], history["data"][0]["y"]) == ([0, 4, 6], [100.0, 300.0, 300.0])
+
+
+def test_thinning_keeps_the_ends_the_steps_asked_for_and_the_highest_peak() -> None:
+    steps = pd.DataFrame({"step": range(10_000), "peak_allocated_gb": 1.0})
+    steps.loc[7777, "peak_allocated_gb"] = 9.0
+    thin = report_figures.thinned(steps, keep=[1234, 4321])
+    assert len(thin) <= 2000
+    assert {0, 1234, 4321, 7777, 9999} <= set(thin.step)
+    assert thin.step.is_monotonic_increasing
+
+
+def test_a_broken_step_file_costs_the_plot_and_not_the_page(study: Study) -> None:
+    study.add()
+    folder = report.trial_dir(study.folder, 0)
+    folder.mkdir(parents=True)
+    (folder / "steps.csv").write_bytes(b"\x00\xff not a table")
+    assert "No trial left step records" in report.write_html(study.folder).read_text(encoding="utf-8")
+
+
+def test_only_the_worker_of_the_maps_is_taken_out_of_the_plot_library() -> None:
+    assert report_html.without_maps(r"a='var t1=Object;\'x\'';b='c'") == "a='';b='c'"
+    assert report_html.without_maps("a='other'") == "a='other'"
+
+
+# --- columns
+
+
+def test_step_and_event_columns_are_those_that_the_trainer_writes() -> None:
+    assert [column.name for column in STEP_COLUMNS] == list(telemetry.STEP_COLUMNS)
+    assert [column.name for column in EVENT_COLUMNS] == ["trial", *telemetry.EVENT_COLUMNS]
+
+
+def test_the_tables_in_the_documentation_are_current() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "reports.md").read_text(encoding="utf-8")
+    assert with_current_tables(text) == text, "run: python -m acmds_tune.columns docs/reports.md"
+    assert all(f"`{status}`" in text for status in STATUSES)
