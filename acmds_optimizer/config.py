@@ -142,7 +142,7 @@ class TrainConfig(CurriculumConfig):
     """`small_cnn`, a torchvision classification model, or `package.module:callable` called with num_classes."""
 
     dataset: str = "cifar10"
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, or `package.module:callable` for (train, val)."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, or `package.module:callable`."""
 
     data_dir: str = "data"
     """Where downloaded data sets are kept, and where `imagenet` looks for train/ and val/."""

@@ -63,10 +63,7 @@ class Normaliser:
             self._shift = (-mean / std).view(-1, 1, 1).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self._identity:
-            return images
-        inputs = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return inputs.mul_(self._scale).add_(self._shift)
+        return images if self._identity else images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Decoder(Dataset[Chunk]):
     def __getitem__(self, request: Request) -> Chunk:
         spec = self.spec
         images = _empty(len(request.indices), spec)
+        rows = images.numpy()  # torch would start threads for each image, which costs more than the copy
         labels = [0] * len(request.indices)
         for row, index in enumerate(request.indices.tolist()):
             rng = None
@@ -65,7 +66,8 @@ class Decoder(Dataset[Chunk]):
             if self.is_foreign and rng is not None:  # its own random transforms, if any, use the global generators
                 _seed_globals(int(rng.integers(2**32)))
             try:
-                images[row], labels[row] = self._read(index, rng if request.augment else None)
+                pixels, labels[row] = self._read(index, rng if request.augment else None)
+                rows[row] = pixels.detach().numpy()
             except DataError as error:
                 return images[:0], torch.empty(0, dtype=torch.int64), str(error)
         return images, torch.tensor(labels, dtype=torch.int64), ""
@@ -93,10 +95,7 @@ class Decoder(Dataset[Chunk]):
 
 
 def _empty(count: int, spec: InputSpec) -> Tensor:
-    """Room for `count` items; images channels last, as decoders give them, which makes storing one a plain copy."""
-    if spec.is_float:
-        return torch.empty((count, *spec.shape))
-    return torch.empty((count, *spec.shape), dtype=torch.uint8, memory_format=torch.channels_last)
+    return torch.empty((count, *spec.shape), dtype=torch.float32 if spec.is_float else torch.uint8)
 
 
 def _seed_globals(seed: int) -> None:
