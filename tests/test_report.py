@@ -32,7 +32,7 @@ SPACE = {
     "direction": CategoricalDistribution(["none", "easy"]),
     "gradient_checkpointing": CategoricalDistribution([True, False]),
 }
-SPEED = ({"name": "samples_per_second", "direction": "maximize"},)
+SPEED: tuple[dict[str, Any], ...] = ({"name": "samples_per_second", "direction": "maximize"},)
 PARETO = (*SPEED, {"name": "val_loss", "direction": "minimize"})
 MEASURED = {
     "oom_recovered": 0,
@@ -53,7 +53,7 @@ MEASURED = {
 class Study:
     """A study in a folder, as the search writes it."""
 
-    def __init__(self, folder: Path, objectives: tuple[Mapping[str, str], ...] = SPEED, name: str = "demo") -> None:
+    def __init__(self, folder: Path, objectives: tuple[dict[str, Any], ...] = SPEED, name: str = "demo") -> None:
         self.folder, self.objectives = folder, objectives
         folder.mkdir(exist_ok=True)
         self.study = optuna.create_study(
@@ -84,7 +84,12 @@ class Study:
     ) -> int:
         """One trial; without `speed` one that measured nothing. Returns its number."""
         number = len(self.study.trials)
-        values = {"max_batch_size": 32, "pid_kp": 0.25, "direction": "none", "gradient_checkpointing": False}
+        values: dict[str, Any] = {
+            "max_batch_size": 32,
+            "pid_kp": 0.25,
+            "direction": "none",
+            "gradient_checkpointing": False,
+        }
         values.update(searched or {})
         seed = 1000 + number
         attrs: dict[str, Any] = {"seed": seed, "config": to_dict(TrainConfig(**values, seed=seed))}
