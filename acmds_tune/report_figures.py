@@ -155,9 +155,9 @@ def throughput_against_oom(study: StudyRecord, marked: Marked) -> Figure | None:
     if not points:
         return None
     most = max(x for x, _ in points.values())
-    x_axis = axis(
-        "Out-of-memory events", rangemode="tozero", tickformat="d", range=[-0.06 * max(most, 4), 1.06 * max(most, 4)]
-    )
+    ends = max(most, 4)
+    dense = {"dtick": 1} if most <= 10 else {}
+    x_axis = axis("Out-of-memory events", tickformat="d", range=[-0.06 * ends, 1.06 * ends], **dense)
     if most > 20:  # one wild trial must not press all others against the axis
         marks = [0, *(m * 10**e for e in range(7) for m in (1, 3) if m * 10**e <= most * 1.5)]
         points = {key: (math.log10(1 + x), y) for key, (x, y) in points.items()}
