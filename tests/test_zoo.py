@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from acmds_optimizer.zoo.folders import stratified_split
 from acmds_optimizer.zoo.models import build_model, model_names
 
 
-def config_for(dataset: str | Path, **settings) -> TrainConfig:
-    return TrainConfig(dataset=str(dataset), **{"device": "cpu", **settings})
+def load(dataset: str | Path, **settings) -> Any:
+    """The bundle; Any, since the tests look at what these data sets have beyond torch's Dataset."""
+    return build_data(TrainConfig(dataset=str(dataset), **{"device": "cpu", **settings}))
 
 
 def write_images(folder: Path, counts: dict[str, int], size: tuple[int, int] = (12, 12), suffix: str = ".png") -> Path:
@@ -62,7 +64,7 @@ def test_small_cnn_refuses_images_below_8_px():
 
 
 def test_small_cnn_learns_digits_above_95_percent_in_five_epochs():
-    data = build_data(config_for("digits"))
+    data = load("digits")
     images, targets = data.train.images.float() / 255, torch.from_numpy(data.train.targets)
     torch.manual_seed(0)
     model = build_model("small_cnn", 10, in_channels=1, image_size=8)
@@ -79,19 +81,20 @@ def test_small_cnn_learns_digits_above_95_percent_in_five_epochs():
 
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
 def test_resnets_get_the_cifar_stem_up_to_64_px(name):
-    model = build_model(name, 10, image_size=64)
+    model: Any = build_model(name, 10, image_size=64)
     assert (model.conv1.kernel_size, model.conv1.stride, type(model.maxpool)) == ((3, 3), (1, 1), nn.Identity)
     assert build_model(name, 10, image_size=32)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("size", [65, None])
 def test_resnets_keep_their_usual_stem_above_64_px(size):
-    model = build_model("resnet18", 10, image_size=size)
+    model: Any = build_model("resnet18", 10, image_size=size)
     assert (model.conv1.kernel_size, model.conv1.stride, type(model.maxpool)) == ((7, 7), (2, 2), nn.MaxPool2d)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"])
-@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 32), ("resnet18", 96), ("squeezenet1_1", 32), ("mnasnet0_5", 32)]
+)
 def test_models_take_grey_images(name, size):
     model = build_model(name, 5, in_channels=1, image_size=size)
     assert model(torch.zeros(2, 1, size, size)).shape == (2, 5)
@@ -126,11 +129,11 @@ def test_the_size_check_leaves_the_model_in_training_mode_with_real_weights():
 
 
 def test_the_same_seed_gives_the_same_weights():
-    weights = []
+    weights: list[Any] = []
     for _ in range(2):
         torch.manual_seed(3)
-        weights.append(build_model("resnet18", 10, image_size=32).conv1.weight)
-    assert torch.equal(*weights)
+        weights.append(build_model("resnet18", 10, image_size=32).get_parameter("conv1.weight"))
+    assert torch.equal(weights[0], weights[1])
 
 
 def test_an_unknown_model_names_the_nearest():
@@ -166,7 +169,7 @@ def test_a_model_of_ones_own_that_cannot_be_used_says_why(write_module, spec, me
 
 
 def test_digits_are_split_ten_to_one_with_every_class_alike():
-    data = build_data(config_for("digits"))
+    data = load("digits")
     assert (len(data.train), len(data.val)) == (1618, 179)
     everyone = np.bincount(data.train.targets) + np.bincount(data.val.targets)
     assert np.bincount(data.val.targets).tolist() == [round(count / 10) for count in everyone]
@@ -174,25 +177,25 @@ def test_digits_are_split_ten_to_one_with_every_class_alike():
 
 
 def test_digits_fill_the_range_of_uint8_and_are_never_mirrored():
-    data = build_data(config_for("digits"))
+    data = load("digits")
     assert (data.train.images.dtype, int(data.train.images.max())) == (torch.uint8, 255)
     assert (data.image_shape, data.flip, data.num_classes) == ((1, 8, 8), False, 10)
 
 
 def test_digits_statistics_are_those_of_the_images():
-    data = build_data(config_for("digits", val_fraction=0))
+    data = load("digits", val_fraction=0)
     pixels = data.train.images.double() / 255
     assert data.mean[0] == pytest.approx(pixels.mean().item(), abs=2e-4)
     assert data.std[0] == pytest.approx(pixels.std().item(), abs=2e-4)
 
 
 def test_the_split_does_not_depend_on_the_seed():
-    first, second = (build_data(config_for("digits", seed=seed)).val.images for seed in (0, 1))
+    first, second = (load("digits", seed=seed).val.images for seed in (0, 1))
     assert torch.equal(first, second)
 
 
 def test_nothing_is_held_out_at_val_fraction_0():
-    data = build_data(config_for("digits", val_fraction=0))
+    data = load("digits", val_fraction=0)
     assert len(data.train) == 1797
     assert data.val is None
 
@@ -212,7 +215,7 @@ def test_a_failed_download_names_the_folder_and_what_to_do(tmp_path, monkeypatch
     with pytest.raises(
         DataError, match=r"cifar10 could not be downloaded into .*cifar.*no route.*cifar-10-python.tar.gz"
     ):
-        build_data(config_for("cifar10", data_dir=str(tmp_path / "cifar")))
+        load("cifar10", data_dir=str(tmp_path / "cifar"))
 
 
 def test_cifar_keeps_its_own_test_images_for_validation(monkeypatch):
@@ -226,7 +229,7 @@ def test_cifar_keeps_its_own_test_images_for_validation(monkeypatch):
             self.targets = [0, 1, 1, 0] if train else [1, 0]
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Stored)
-    data = build_data(config_for("cifar10"))
+    data = load("cifar10")
     assert (len(data.train), len(data.val), data.num_classes, data.class_names) == (4, 2, 2, ["plane", "car"])
     assert data.train.images[0, :, 5, 5].tolist() == [1, 2, 3]
     assert (data.image_shape, data.crop, data.flip) == ((3, 32, 32), "pad", True)
@@ -239,7 +242,7 @@ def test_cifar_keeps_its_own_test_images_for_validation(monkeypatch):
 def test_a_folder_with_train_and_validation_is_taken_as_it_is(tmp_path, validation):
     write_images(tmp_path / "train", {"cat": 3, "dog": 4})
     write_images(tmp_path / validation, {"dog": 2})
-    data = build_data(config_for(tmp_path))
+    data = load(tmp_path)
     assert (len(data.train), len(data.val), data.class_names) == (7, 2, ["cat", "dog"])
     assert data.val.targets.tolist() == [1, 1]
     assert data.image_shape == (3, 12, 12)
@@ -247,14 +250,14 @@ def test_a_folder_with_train_and_validation_is_taken_as_it_is(tmp_path, validati
 
 def test_class_folders_alone_are_split(tmp_path):
     write_images(tmp_path, {"a": 10, "b": 20})
-    data = build_data(config_for(tmp_path, val_fraction=0.2))
+    data = load(tmp_path, val_fraction=0.2)
     assert np.bincount(data.train.targets).tolist() == [8, 16]
     assert np.bincount(data.val.targets).tolist() == [2, 4]
 
 
 def test_train_without_validation_is_split(tmp_path):
     write_images(tmp_path / "train", {"a": 10, "b": 10})
-    data = build_data(config_for(tmp_path))
+    data = load(tmp_path)
     assert (len(data.train), len(data.val)) == (18, 2)
 
 
@@ -263,14 +266,14 @@ def test_large_images_and_those_of_differing_sizes_become_224_px(tmp_path):
     write_images(tmp_path / "mixed", {"a": 2}, size=(20, 20))
     write_images(tmp_path / "mixed", {"b": 2}, size=(24, 20))
     for name in ("large", "mixed"):
-        data = build_data(config_for(tmp_path / name))
+        data = load(tmp_path / name)
         assert (data.image_shape, data.crop) == ((3, 224, 224), "resized")
 
 
 def test_image_size_overrides_the_stored_size(tmp_path):
     write_images(tmp_path, {"a": 2, "b": 2})
-    assert build_data(config_for(tmp_path, image_size=96)).image_shape == (3, 96, 96)
-    assert build_data(config_for(tmp_path, image_size=16)).crop == "pad"
+    assert load(tmp_path, image_size=96).image_shape == (3, 96, 96)
+    assert load(tmp_path, image_size=16).crop == "pad"
 
 
 @pytest.mark.parametrize(
@@ -285,48 +288,48 @@ def test_image_size_overrides_the_stored_size(tmp_path):
 def test_a_folder_that_cannot_be_trained_on_says_what_is_expected(tmp_path, counts, message):
     write_images(tmp_path, counts)
     with pytest.raises(DataError, match=message + r".*Expected train/ and val/"):
-        build_data(config_for(tmp_path))
+        load(tmp_path)
 
 
 def test_loose_images_are_counted_in_the_error(tmp_path):
     write_images(tmp_path, {"x": 3})
     with pytest.raises(DataError, match="holds 3 images but no class folders"):
-        build_data(config_for(tmp_path / "x"))
+        load(tmp_path / "x")
 
 
 def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: no such folder. Expected train/ and val/"):
-        build_data(config_for(tmp_path / "nowhere"))
+        load(tmp_path / "nowhere")
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "images.zip").write_text("x")
     with pytest.raises(DataError, match="is a file, not a folder"):
-        build_data(config_for(tmp_path / "images.zip"))
+        load(tmp_path / "images.zip")
 
 
 def test_a_validation_class_that_training_lacks_is_an_error(tmp_path):
     write_images(tmp_path / "train", {"a": 1, "b": 1})
     write_images(tmp_path / "val", {"a": 1, "c": 1})
     with pytest.raises(DataError, match="has classes that training lacks: c"):
-        build_data(config_for(tmp_path))
+        load(tmp_path)
 
 
 def test_a_misspelt_name_gets_the_nearest_one():
     with pytest.raises(DataError, match=r"named 'cifr10' \(did you mean 'cifar10'\?\)"):
-        build_data(config_for("cifr10"))
+        load("cifr10")
 
 
 def test_imagenet_says_which_folder_is_missing(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(DataError, match=r"imagenet: .* \(data_dir\) has no val/\. Expected train/ and val/"):
-        build_data(config_for("imagenet", data_dir=str(tmp_path)))
+        load("imagenet", data_dir=str(tmp_path))
 
 
 def test_imagenet_is_read_from_data_dir(tmp_path):
     write_images(tmp_path / "train", {"n01": 2, "n02": 2}, size=(80, 70), suffix=".JPEG")
     write_images(tmp_path / "val", {"n01": 1, "n02": 1}, size=(80, 70), suffix=".JPEG")
-    data = build_data(config_for("imagenet", data_dir=str(tmp_path)))
+    data = load("imagenet", data_dir=str(tmp_path))
     assert (len(data.train), len(data.val), data.image_shape) == (4, 2, (3, 224, 224))
 
 
@@ -359,19 +362,19 @@ def not_images():
 
 def test_ones_own_data_is_described_by_its_items(write_module):
     write_module("own_data", OWN_DATA)
-    data = build_data(config_for("own_data:as_uint8"))
+    data = load("own_data:as_uint8")
     assert (data.image_shape, data.num_classes, data.crop, data.is_float) == ((3, 10, 10), 3, "pad", False)
 
 
 def test_float_data_is_passed_through(write_module):
     write_module("own_data", OWN_DATA)
-    data = build_data(config_for("own_data:as_float"))
+    data = load("own_data:as_float")
     assert (data.is_float, data.crop, data.mean, data.flip) == (True, "none", None, False)
 
 
 def test_numpy_images_are_read_as_height_width_channels(write_module):
     write_module("own_data", OWN_DATA)
-    assert build_data(config_for("own_data:unlabelled", num_classes=3)).image_shape == (3, 10, 10)
+    assert load("own_data:unlabelled", num_classes=3).image_shape == (3, 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -389,11 +392,11 @@ def test_numpy_images_are_read_as_height_width_channels(write_module):
 def test_ones_own_data_that_cannot_be_used_says_why(write_module, spec, settings, message):
     write_module("own_data", OWN_DATA)
     with pytest.raises(DataError, match=message):
-        build_data(config_for(spec, **settings))
+        load(spec, **settings)
 
 
 def test_more_classes_than_labels_are_allowed(caplog):
-    assert build_data(config_for("digits", num_classes=12)).num_classes == 12
+    assert load("digits", num_classes=12).num_classes == 12
     assert "num_classes is 12, but the data has 10" in caplog.text
 
 

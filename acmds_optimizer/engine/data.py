@@ -11,9 +11,10 @@ from torch.utils.data import Dataset
 
 from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig
 from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
+from acmds_optimizer.engine.decode import decode_all, resolve_workers
 from acmds_optimizer.engine.images import InputSpec
 from acmds_optimizer.engine.resident import ResidentSource
-from acmds_optimizer.engine.workers import WorkerSource, decode_all, resolve_workers
+from acmds_optimizer.engine.workers import WorkerSource
 from acmds_optimizer.zoo.datasets import DataBundle, describe
 from acmds_optimizer.zoo.items import in_memory, is_fixed, length
 
