@@ -121,8 +121,8 @@ def best_settings(study: StudyRecord, best: TrialRecord, folder: str) -> str:
     rest = settings_table(fixed, best.config, defaults) if fixed else "<p>All others are the defaults.</p>"
     cut = [f"{name} is {number(best.config[name])}" for name in ("max_steps", "max_seconds") if best.config.get(name)]
     note = (
-        f"<p class=note>In it {text(' and '.join(cut))}, as in the search; to train for longer, give another value on the "
-        "command line.</p>"
+        f"<p class=note>In it {text(' and '.join(cut))}, as in the search; to train longer, give another value on "
+        "the command line.</p>"
     )
     return (
         "<section><h2>Best configuration</h2>"
