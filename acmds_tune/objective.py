@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from acmds_optimizer.config import TrainConfig, build
-from acmds_optimizer.errors import ConfigError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import ACMDSError, ConfigError, OutOfMemoryForGoodError
 from acmds_tune.columns import FIGURES
 
 logger = logging.getLogger(__name__)
@@ -112,27 +112,25 @@ def evaluate(
     start = time.monotonic()
     try:
         figures = objective(settings, directory, remember, should_stop)
-    except OutOfMemoryForGoodError as error:
-        partial = getattr(error, "partial", None)
-        figures = figures_so_far(last) | (figures_of(asdict(partial)) if partial is not None else {})
-        ended = Ended("oom", _one_line(error), _counting_the_last(figures))
-    except MemoryError as error:
-        ended = Ended("error", f"host memory is full: {_one_line(error)}", figures_so_far(last))
     except Exception as error:  # noqa: BLE001 - whatever a trial raises is a row of the table, never the end of a search
-        status = "oom" if type(error).__name__ == "OutOfMemoryError" else "error"  # torch's, without importing torch
-        figures = figures_so_far(last)
+        partial = getattr(error, "partial", None)  # what a run that failed had measured
+        figures = figures_so_far(last) | (figures_of(asdict(partial)) if partial is not None else {})
+        ended = _bad_end(error, figures)
         (directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        ended = Ended(status, reason, _counting_the_last(figures) if status == "oom" else figures)
     else:
         stopped = should_stop() and figures.get("stopped_early", True)
         ended = Ended("stopped" if stopped else "ok", "asked to stop" if stopped else "finished", figures_of(figures))
     return Ended(ended.status, ended.reason, ended.figures, time.monotonic() - start)
 
 
-def _counting_the_last(figures: dict[str, Any]) -> dict[str, Any]:
-    """Out of memory for good is at least one out-of-memory event, also where it struck before the first report."""
-    return {**figures, "oom_events": max(1, int(figures.get("oom_events") or 0))}
+def _bad_end(error: Exception, figures: dict[str, Any]) -> Ended:
+    message = _one_line(error)
+    if isinstance(error, OutOfMemoryForGoodError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        # at least one out-of-memory event, also where it struck before the first report
+        return Ended("oom", message, {**figures, "oom_events": max(1, int(figures.get("oom_events") or 0))})
+    if isinstance(error, ACMDSError):
+        return Ended("error", message, figures)
+    return Ended("error", f"{type(error).__name__}: {message}", figures)
 
 
 def _one_line(error: BaseException) -> str:
