@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from acmds_optimizer.console import console as shared_console
 from acmds_tune.objective import Ended
 
 ROWS = 16
@@ -59,14 +59,13 @@ class Display:
     def __init__(
         self, name: str, trials: int, searched: Sequence[str], *, told: int = 0, console: Console | None = None
     ) -> None:
-        self._console = console or Console(file=sys.stderr)
+        self._console = console or shared_console()
         self._name = name
         self._trials = trials
         self._over = told
         self._shown = list(searched)[:SETTINGS_SHOWN]
         self._rows: dict[int, _Row] = {}
         self._began = time.monotonic()
-        self._note = "starting Ray"
         self._live: Live | None = None
 
     def __enter__(self) -> Display:
@@ -79,13 +78,8 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def note(self, text: str) -> None:
-        """What the search is doing besides running trials."""
-        self._note = text
-
     def started(self, number: int, values: Mapping[str, Any]) -> None:
         """Trial `number` begins with the searched `values`."""
-        self._note = ""
         self._rows[number] = _Row(number, values)
 
     def progressed(self, number: int, progress: Mapping[str, Any]) -> None:
@@ -143,7 +137,7 @@ class Display:
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         summary = f"{self._name}: {self._over} of {self._trials} trials, {minutes}:{seconds:02d}"
         parts = [table] if self._rows else []
-        return Group(*parts, Text(f"{summary}  {self._note}", style="bold"))
+        return Group(*parts, Text(summary, style="bold"))
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ The study's journal is the truth; Ray keeps nothing that is read again. Its own 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -112,9 +113,10 @@ def run_search(
     study = SearchStudy.resume(directory, space) if resume else None
     try:
         with (
+            quiet_ray(space) as scratch,
             Display(space.name, space.trials, list(space.search), told=study.told if study else 0) as display,
-            _ray(space) as (sharers, scratch),
         ):
+            sharers = _sharers(space)
             if study is None:
                 study = SearchStudy.create(directory, space, yaml_text, fixed or {})
             _write_environment(directory)
@@ -128,7 +130,6 @@ def run_search(
             )
             with _interruptible(driver):
                 _fit(driver, space, scratch)
-            display.note("")
     except BaseException:
         if study is not None:
             write_tables(directory)
@@ -193,8 +194,8 @@ def _fit(driver: Driver, space: Space, scratch: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ray(space: Space) -> Iterator[tuple[int, Path]]:
-    """Ray, quiet, and a folder for its files. Yields how many trials run at once, and the folder.
+def quiet_ray(space: Space) -> Iterator[Path]:
+    """Ray without its output. Yields a folder for its files, which is removed at the end.
 
     Ray that runs already in this process is used and left running.
     """
@@ -215,9 +216,10 @@ def _ray(space: Space) -> Iterator[tuple[int, Path]]:
                     _temp_dir=str(scratch),
                 )
             logging.getLogger("ray").setLevel(logging.CRITICAL)
-            yield _sharers(space), scratch
+            yield scratch
     finally:
         if ours:
+            gc.collect()  # a Ray object that is collected after the shutdown ends the process
             ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
 

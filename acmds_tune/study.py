@@ -127,6 +127,7 @@ class SearchStudy:
             )
         study = optuna.load_study(study_name=about["name"], storage=_storage(directory), pruner=_pruner(space))
         started = sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+        study.set_user_attr("acmds", {**about, "space": space.model_dump(mode="json")})
         # the same seed would propose the same points again
         study.sampler = _sampler(space, derived_seed(space.seed, -1 - started))
         self = cls(directory, space, study, lock)
@@ -182,10 +183,9 @@ class SearchStudy:
     def _config_to_train_on(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Every setting as the trial has it, but without the trial's budget and folder: what best.json holds."""
         try:
-            config = to_dict(build(TrainConfig, settings, "proposal"))
+            return to_dict(build(TrainConfig, settings, "proposal"))
         except ConfigError:  # searched values that do not go together; the trial will say so
-            config = {**to_dict(TrainConfig()), **settings}
-        return {**config, "output_dir": f"runs/{self.space.name}"}
+            return {**to_dict(TrainConfig()), **settings}
 
     def should_prune(self, number: int, progress: Mapping[str, Any]) -> bool:
         """Take in a progress report of a running trial; true where the pruner would end it now."""

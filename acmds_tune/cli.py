@@ -1,0 +1,186 @@
+"""acmds-tune: search the settings of the trainer, report what was found, check the machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_tune.space import Space, load
+
+if TYPE_CHECKING:
+    from acmds_tune.search import SearchResult
+
+INTERRUPTED_EXIT = 130
+"""What a shell expects of a program that Ctrl-C ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0; 1 where it failed; 2 for wrong usage; 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="acmds-tune: %(message)s", stream=sys.stderr)
+    try:
+        return int(arguments.run(arguments))
+    except ACMDSError as error:
+        print(f"acmds-tune: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("acmds-tune: interrupted", file=sys.stderr)
+        return INTERRUPTED_EXIT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="acmds-tune", description=(__doc__ or "").split(": ", 1)[1])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    search = commands.add_parser(
+        "search",
+        help="run a search from a search-space file",
+        description="Run a search from a search-space file (docs/search_spaces.md) and write everything to a folder.",
+    )
+    search.add_argument(
+        "file", type=Path, metavar="FILE.yaml", help="what to search, such as search_spaces/quickstart.yaml"
+    )
+    search.add_argument(
+        "--name", help="name of the study, and of its folder; else the file says it, or its own name is it"
+    )
+    search.add_argument(
+        "--results-dir", type=Path, default=Path("results"), help="where studies are kept (%(default)s)"
+    )
+    search.add_argument("--resume", action="store_true", help="go on with the study if it exists")
+    search.add_argument("--trials", type=int, metavar="N", help="how many trials, whatever the file says")
+    search.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a fixed setting, whatever the file says; repeatable",
+    )
+    search.set_defaults(run=_search)
+
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a search that was ended",
+        description="Go on with the search in a folder, with what its sampler knows.",
+    )
+    resume.add_argument("directory", type=Path, metavar="DIR", help="folder of the study, such as results/quickstart")
+    resume.add_argument("--trials", type=int, metavar="N", help="how many trials in all, whatever the study says")
+    resume.set_defaults(run=_resume)
+
+    report = commands.add_parser(
+        "report",
+        help="write the tables, best.json and report.html again",
+        description="Write trials.csv, events.csv, best.json and report.html again, from the study's journal.",
+    )
+    report.add_argument("directory", type=Path, metavar="DIR", help="folder of the study")
+    report.set_defaults(run=_report)
+
+    best = commands.add_parser(
+        "best",
+        help="show the best settings found",
+        description="Print the path of best.json and the searched settings in it.",
+    )
+    best.add_argument("directory", type=Path, metavar="DIR", help="folder of the study")
+    best.set_defaults(run=_best)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check the machine and the installation",
+        description="Check packages, CUDA, a training run, the journal and Ray. Exit code 1 if something fails.",
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    fixed = dict(_pair(text) for text in arguments.set)
+    space = load(arguments.file, overrides={"name": arguments.name, "trials": arguments.trials}, fixed=fixed)
+    directory = arguments.results_dir / space.name
+    return _run(space, directory, arguments.file.read_text(encoding="utf-8"), fixed, resume=arguments.resume)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from acmds_tune.study import read_about  # imports Optuna
+
+    about = read_about(arguments.directory)
+    overrides = {"name": about["name"], "trials": arguments.trials or about["space"]["trials"]}
+    space = load(arguments.directory / "study.yaml", overrides=overrides, fixed=about["set"])
+    return _run(space, arguments.directory, about["yaml"], about["set"], resume=True)
+
+
+def _run(space: Space, directory: Path, yaml_text: str, fixed: dict[str, str], *, resume: bool) -> int:
+    if resume and not directory.exists():
+        resume = False
+    elif not resume and directory.exists():  # before Ray is even imported
+        raise ConfigError(
+            str(directory), ["this study exists; add --resume to go on with it, or give another one with --name"]
+        )
+    from acmds_tune.search import run_search  # imports Ray and Optuna
+
+    result = run_search(space, directory, yaml_text, fixed=fixed, resume=resume)
+    return _conclude(result, directory)
+
+
+def _conclude(result: SearchResult, directory: Path) -> int:
+    """Say what came out. The path of best.json goes to stdout."""
+    if result.ending:
+        print(
+            f"{result.ending}; {result.missing} trials are left. Go on with: acmds-tune resume {directory}",
+            file=sys.stderr,
+        )
+    if result.best is not None:
+        figures = {name: value for name, value in result.best.figures.items() if value is not None}
+        shown = ("samples_per_second", "val_loss", "val_accuracy", "headroom_min_gb", "batch_size_mean")
+        text = ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures)
+        print(f"best: trial {result.best.number}: {text}", file=sys.stderr)
+    print(f"report: {directory / 'report.html'}", file=sys.stderr)
+    if result.best is not None:
+        print(f"train with it: acmds-train --config {directory / 'best.json'}", file=sys.stderr)
+        print(directory / "best.json")
+    if result.interrupted:
+        return INTERRUPTED_EXIT
+    return 0 if result.best is not None else 1
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("command line", [f"--set {text}: write KEY=VALUE"])
+    return key, value
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from acmds_tune.report import write_all  # imports Optuna and plotly
+
+    best = write_all(arguments.directory)
+    print(arguments.directory / "report.html")
+    return 0 if best is not None else 1
+
+
+def _best(arguments: argparse.Namespace) -> int:
+    path = arguments.directory / "best.json"
+    if not path.is_file():
+        raise ConfigError(str(arguments.directory), ["has no best.json: no trial was feasible, or none has ended yet"])
+    from acmds_tune.report import load_study  # imports Optuna
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    print(path)
+    print(f"trial: {content['acmds_study']['trial']}")
+    for name in load_study(arguments.directory).searched:
+        print(f"{name}: {json.dumps(content['config'].get(name))}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from acmds_tune.doctor import examine
+
+    return examine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
