@@ -217,7 +217,6 @@ TYPES: dict[str, dict[str, Any]] = {
     "loguniform": {"type": "float", "log": True},
     "log_uniform_values": {"type": "float", "log": True},
     "int_uniform": {"type": "int"},
-    "lograndint": {"type": "int", "log": True},
     "q_uniform": {},
     "quniform": {},
 }
@@ -228,6 +227,7 @@ REFUSED_TYPES = {
     "q_log_uniform_values": "a logarithmic scale has no step; leave one of the two out",
     "qloguniform": "a logarithmic scale has no step; leave one of the two out",
     "randint": "in Ray and NNI its upper end is excluded; write int, whose high is included",
+    "lograndint": "in Ray its upper end is excluded; write int and log: true, whose high is included",
     "constant": "a single value belongs under fixed",
     "normal": "not offered; give low, high and perhaps log: true",
     "q_normal": "not offered; give low, high and perhaps log: true",
