@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from acmds_optimizer.config import GIB, CurriculumConfig
 from acmds_optimizer.memory.model import PeakModel, TimeModel
@@ -23,7 +24,29 @@ _TRIM_LOWEST = -0.5
 _DEAD_BAND = 0.02
 _COLD_GROWTH = 4.0
 _CALM_STEPS = 10
-_CEILING_STEPS = 100
+_TIMING_STEPS = 8
+_PROBE_STEPS = 20
+_CEILING_STEPS = 500
+_LONGEST_CEILING_STEPS = 10_000
+_SAME = 1.0 + 1e-9
+_SAME_SAMPLES = 1.05
+
+REASONS = {
+    "cold": "nothing is known yet: the smallest size",
+    "hold": "as much as memory allows",
+    "grow": "memory allows more, or samples are smaller",
+    "shrink": "memory allows less, or samples are larger",
+    "max_batch": "the largest size asked for; memory would allow more",
+    "min_batch": "the smallest size asked for; the headroom is not kept",
+    "below_min": "the smallest size asked for would break the budget",
+    "budget": "the size would break the budget itself",
+    "knee": "more samples would buy too little throughput; memory is left unused",
+    "timing": "growth waits for timings of this size",
+    "calm": "growth waits, since memory forced the size down lately",
+    "ceiling": "the next size ran out of memory lately",
+    "out_of_memory": "the step failed and is repeated smaller",
+}
+"""Why a micro-batch is what it is: all that `Decision.reason` can say."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +119,25 @@ class State:
     d: float = 0.0
     error: float = 0.0
     smoothed: float = 0.0
+    target: float = 0.0
+    """Bytes that the present size was chosen for."""
+    work: float = 0.0
+    """Work granted: what may run without asking whether growth should wait. A size in samples follows from it."""
     calm_steps: int = 0
-    """Steps since the micro-batch last changed."""
+    """Steps since memory last cut the work granted."""
+    held_steps: int = 0
+    """Steps since the work granted last grew."""
     disturbed: bool = False
-    """Whether memory ever forced the micro-batch down; until then growth does not wait."""
+    """Whether memory ever cut the work granted; until then growth does not wait to be calm."""
     ceiling_work: float = math.inf
     """Work that ran out of memory and is not tried again before `ceiling_step`, unless the budget grows."""
     ceiling_budget: float = 0.0
     ceiling_step: int = 0
     ceiling_wait: int = _CEILING_STEPS
     knee_batch: int = 0
-    """Largest micro-batch worth its memory, once two neighbours have been timed; 0: not known."""
+    """Largest micro-batch worth its memory, once a larger one was timed; 0: not known."""
+    timed_work: float = 0.0
+    """Size of the samples that `times` and `knee_batch` are of."""
 
     @property
     def trim(self) -> float:
@@ -120,7 +151,7 @@ class Decision:
 
     batch: int
     reason: str
-    """cold | hold | grow | shrink | max_batch | min_batch | below_min | knee | calm | ceiling | budget"""
+    """A key of REASONS."""
     predicted_peak_bytes: float
     target_bytes: float
     feed_forward: float
@@ -139,7 +170,7 @@ def buckets(config: CurriculumConfig) -> tuple[int, ...]:
     min_batch_size for recovery.
     """
     low, high = config.min_batch_size, config.max_batch_size
-    sizes: set[int] = set()
+    sizes = {1}
     if config.batch_policy == "hold":
         total = config.step_samples
         parts = 1
@@ -166,26 +197,45 @@ def first_batch(limits: Limits) -> int:
 
 
 def observe(state: State, seen: Observation, limits: Limits) -> State:
-    """The state after a step: the models learn, the PID moves."""
-    target = _target(seen.budget_bytes, limits)
-    raw = (target - seen.peak_bytes) / max(target, 1.0)
+    """The state after a step: the models learn, the PID moves.
+
+    Steps that are smaller than was decided, such as the last of an epoch, or larger than any before, teach the model
+    and leave the PID alone.
+    """
+    peaks = state.peaks.observe(seen.work, seen.peak_bytes, seen.base_bytes, seen.step)
+    changed: dict[str, Any] = {
+        "batch": state.batch or seen.batch,
+        "work": state.work or seen.work,
+        "peaks": peaks,
+        "calm_steps": state.calm_steps + 1,
+        "held_steps": state.held_steps + 1,
+    }
+    if state.times.timings and peaks.sizes == 1 and not peaks.residuals:  # another step now: so are its times
+        changed.update(times=TimeModel(), knee_batch=0)
+    if seen.batch >= state.batch and not state.peaks.extrapolates(seen.work):
+        changed.update(_pid(state, seen, limits))
+    return replace(state, **changed)
+
+
+def _pid(state: State, seen: Observation, limits: Limits) -> dict[str, float]:
+    """What the PID makes of a step: the fields of State that change."""
+    # judged by the target that the size was chosen for: a change of the budget since is the feed-forward's to answer
+    target = state.target or _target(seen.budget_bytes, limits)
+    raw = max(-1.0, min(1.0, (target - seen.peak_bytes) / max(target, 1.0)))
     smoothed = limits.smoothing * state.smoothed + (1.0 - limits.smoothing) * raw
     error = min(raw, smoothed)  # shrink on what is, grow on what lasts
-    error = max(-1.0, min(1.0, error))
     if 0.0 <= error < _DEAD_BAND:
         error = 0.0
-    return replace(
-        state,
-        batch=state.batch or seen.batch,
-        peaks=state.peaks.observe(seen.work, seen.peak_bytes, seen.base_bytes, seen.step),
-        error=error,
-        smoothed=smoothed,
-        p=limits.kp * error,
-        # conditional integration: only what takes away is ever stored, so a clamped controller cannot wind up
-        i=min(0.0, max(_TRIM_LOWEST, state.i + limits.ki * error)),
-        d=limits.kd * (error - state.error),
-        calm_steps=state.calm_steps + 1,
-    )
+    # conditional integration: only what takes away is stored, and nothing where the size cannot go lower anyway
+    change = 0.0 if error < 0.0 and seen.batch <= limits.min_batch else limits.ki * error
+    return {
+        "error": error,
+        "smoothed": smoothed,
+        "p": limits.kp * error,
+        "i": min(0.0, max(_TRIM_LOWEST, state.i + change)),
+        # of the breach alone: below the target the error moves with the rounding to buckets
+        "d": limits.kd * (min(0.0, error) - min(0.0, state.error)),
+    }
 
 
 def time(state: State, batch: int, seconds: float, limits: Limits) -> State:
@@ -193,7 +243,7 @@ def time(state: State, batch: int, seconds: float, limits: Limits) -> State:
     times = state.times.observe(batch, seconds)
     knee_batch = state.knee_batch
     if limits.knee_gain and times.count(batch) == times.needed:
-        knee_batch = _knee(times, limits) or knee_batch
+        knee_batch = times.knee(limits.knee_gain / 2) or knee_batch
     return replace(state, times=times, knee_batch=knee_batch)
 
 
@@ -201,33 +251,35 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
     """The state after an out-of-memory error, and the size to repeat the step with.
 
     Shrinks by the shortage where it is known, by half where it is not or where the step fails again, to what the
-    model allows, always by at least one bucket.
+    model allows, always by at least one bucket. The work that failed is not tried again for 500 steps, then 1,000,
+    and so on, unless the budget grows by 5 %.
     """
+    sample_work = failure.work / failure.batch
     share = 0.5
     if failure.shortage_bytes > 0 and failure.attempt == 1:
-        share = max(0.25, min(0.9, failure.budget_bytes / (failure.budget_bytes + failure.shortage_bytes)))
-    allowed = failure.batch * share
-    if state.peaks.known:
-        allowed = min(allowed, _feed_forward(state, limits, failure.budget_bytes, failure.work / failure.batch))
+        usable = max(0.0, failure.budget_bytes - state.peaks.base)
+        share = max(0.25, min(0.9, usable / (usable + failure.shortage_bytes)))
+    capacity = _capacity(state, limits, failure.budget_bytes) if state.peaks.known else math.inf
+    allowed = min(failure.batch * share, capacity / sample_work)
     smaller = [size for size in limits.buckets if size < failure.batch]
     batch = max((size for size in smaller if size <= allowed), default=smaller[0] if smaller else 1)
-    error = -min(1.0, max(0.02, failure.shortage_bytes / max(failure.budget_bytes, 1.0)))
-    repeated = failure.work <= state.ceiling_work * 1.01
-    wait = min(state.ceiling_wait * 2, 10_000) if repeated and state.ceiling_step else _CEILING_STEPS
+    active = failure.step < state.ceiling_step
+    repeated = state.ceiling_step > 0 and failure.work <= state.ceiling_work * _SAME and not active
+    wait = min(state.ceiling_wait * 2, _LONGEST_CEILING_STEPS) if repeated else _CEILING_STEPS
+    error = -min(1.0, failure.shortage_bytes / max(failure.budget_bytes, 1.0))
     state = replace(
         state,
         batch=batch,
+        work=batch * sample_work,
         i=max(_TRIM_LOWEST, state.i + limits.ki * error),
-        error=error,
-        smoothed=min(state.smoothed, error),
         calm_steps=0,
         disturbed=True,
-        ceiling_work=min(failure.work, state.ceiling_work) if failure.step < state.ceiling_step else failure.work,
+        ceiling_work=min(failure.work, state.ceiling_work) if active else failure.work,
         ceiling_budget=failure.budget_bytes,
         ceiling_step=failure.step + wait,
         ceiling_wait=wait,
     )
-    return state, _decision(state, batch, "out_of_memory", failure.budget_bytes, failure.work / failure.batch, limits)
+    return state, _decision(state, batch, "out_of_memory", failure.budget_bytes, sample_work, limits, capacity)
 
 
 def decide(
@@ -248,81 +300,86 @@ def decide(
     current = state.batch or first_batch(limits)
     if not state.peaks.known:
         batch = min(current, first_batch(limits))
-        return replace(state, batch=batch), _decision(state, batch, "cold", budget_bytes, sample_work, limits)
+        state = replace(state, batch=batch, target=_target(budget_bytes, limits))
+        return state, _decision(state, batch, "cold", budget_bytes, sample_work, limits)
+    if not 1 / _SAME_SAMPLES < sample_work / (state.timed_work or math.inf) < _SAME_SAMPLES:
+        state = replace(state, times=TimeModel(), knee_batch=0, timed_work=sample_work)  # they are of other samples
 
     usual = [size for size in limits.buckets if size >= limits.min_batch] or [limits.buckets[-1]]
-    allowed = _feed_forward(state, limits, budget_bytes, sample_work)
-    fitting = [size for size in usual if size <= allowed]
-    batch, reason = (fitting[-1], "hold") if fitting else (usual[0], "min_batch")
-    if batch == limits.buckets[-1] and fitting:
+    capacity = _capacity(state, limits, budget_bytes)
+    barred = step < state.ceiling_step and budget_bytes <= 1.05 * state.ceiling_budget
+    ceiling = 0.999 * state.ceiling_work if barred else math.inf
+    bearable = min(capacity, ceiling) * _SAME
+    changed: dict[str, Any] = {"target": _target(budget_bytes, limits), "work": state.work}
+    if bearable < state.work:  # shrink at once; what is left of the work may be used at any size
+        changed.update(work=min(capacity, ceiling), calm_steps=0, disturbed=True)
+    fitting = [size for size in usual if size * sample_work <= bearable]
+    if not state.disturbed and state.held_steps < _PROBE_STEPS and len(fitting) < len(usual):
+        probe = usual[len(fitting)]
+        if probe * sample_work < ceiling and _worth_a_probe(state, limits, budget_bytes, probe * sample_work):
+            fitting.append(probe)
+    granted = [size for size in fitting if size * sample_work <= changed["work"] * _SAME]
+    batch = granted[-1] if granted else usual[0]
+    if not fitting:
+        reason = "min_batch"
+    elif limits.knee_gain and 0 < state.knee_batch < batch:
+        batch, reason = max((size for size in usual if size <= state.knee_batch), default=usual[0]), "knee"
+    elif fitting[-1] > batch:
+        larger = [size for size in fitting if size > batch]
+        batch, reason = _growth(replace(state, **changed), limits, batch, larger, sample_work)
+        if reason == "grow":
+            changed.update(work=max(changed["work"], batch * sample_work), held_steps=0)
+    elif batch == usual[-1]:
         reason = "max_batch"
+    elif ceiling < capacity and usual[usual.index(batch) + 1] * sample_work <= capacity:
+        reason = "ceiling"
+    else:
+        reason = "shrink" if batch < current else "grow" if batch > current else "hold"
 
-    if batch > current:
-        batch, reason = _growth(state, limits, current, batch, reason, budget_bytes, sample_work, step)
-    elif batch < current:
-        reason = "shrink" if fitting else "min_batch"
-
-    # the guard: a batch whose predicted peak breaks the budget itself is split before launch
-    within_budget = state.peaks.work_within(budget_bytes) / sample_work
-    if batch > within_budget:
-        below = [size for size in limits.buckets if size <= within_budget]
-        split = below[-1] if below else limits.buckets[0]
-        if split < batch:
-            batch, reason = split, "below_min" if split < limits.min_batch else "budget"
-
-    if batch != current:
-        state = replace(
-            state, batch=batch, calm_steps=0, disturbed=state.disturbed or (batch < current and reason != "knee")
-        )
-    return state, _decision(state, batch, reason, budget_bytes, sample_work, limits)
+    # the guard: a batch whose predicted peak breaks the budget itself, or that just failed, is split before launch
+    bearable = min(state.peaks.work_within(budget_bytes), ceiling) * _SAME
+    if batch * sample_work > bearable and batch > limits.buckets[0] and (not fitting or batch != fitting[-1]):
+        batch = max((size for size in limits.buckets if size * sample_work <= bearable), default=limits.buckets[0])
+        reason = "below_min" if batch < limits.min_batch else "budget"
+    state = replace(state, batch=batch, **changed)
+    return state, _decision(state, batch, reason, budget_bytes, sample_work, limits, capacity)
 
 
-def _growth(
-    state: State, limits: Limits, current: int, wanted: int, reason: str, budget: float, sample_work: float, step: int
-) -> tuple[int, str]:
-    """How far towards `wanted` the micro-batch may grow in one decision, and what stops it there."""
-    if limits.knee_gain and state.knee_batch and wanted > state.knee_batch:
-        wanted, reason = max(current, state.knee_batch), "knee"
-    expired = step >= state.ceiling_step or budget > 1.05 * state.ceiling_budget
-    if not expired and wanted * sample_work >= state.ceiling_work:
-        below = [size for size in limits.buckets if current <= size and size * sample_work < state.ceiling_work]
-        wanted, reason = (below[-1] if below else current), "ceiling"
-    if wanted <= current:
-        return current, reason
-    larger = [size for size in limits.buckets if current < size <= wanted]
-    if state.disturbed:
-        if state.calm_steps < _CALM_STEPS:
-            return current, "calm"
-        return larger[0], "grow"
-    # a new run: doubles once, then goes up by four times, as far as two sizes can be trusted to predict
-    reach = max(current, state.peaks.largest_work / sample_work) * (2.0 if state.peaks.sizes < 2 else _COLD_GROWTH)
-    within = [size for size in larger if size <= reach] or larger[:1]
+def _worth_a_probe(state: State, limits: Limits, budget_bytes: float, work: float) -> bool:
+    """Whether work beyond the largest seen, which the model cannot promise to fit, may be tried once.
+
+    The first steps may all lie on a hinge's floor, of which the model must fear that it rises with the work. A probe
+    may cost headroom, once, but not the budget; with one size known it may, since nothing else can be learned there.
+    """
+    peaks = state.peaks
+    if work <= peaks.largest_work or peaks.least(work) > _target(budget_bytes, limits) * (1.0 + state.trim):
+        return False
+    return peaks.sizes < 2 or peaks.predict(work) * (1.0 + peaks.margin_fraction) <= budget_bytes
+
+
+def _growth(state: State, limits: Limits, current: int, larger: list[int], sample_work: float) -> tuple[int, str]:
+    """How far the micro-batch may grow from `current` into `larger`, all of which fit, and what stops it there."""
+    if state.disturbed and state.calm_steps < _CALM_STEPS:
+        return current, "calm"
+    if limits.knee_gain and state.knee_batch:
+        larger = [size for size in larger if size <= state.knee_batch]
+    # work never seen before: double once, then up to four times, as far as two sizes can be trusted to predict
+    reach = max(state.work, state.peaks.largest_work) * (2.0 if state.peaks.sizes < 2 else _COLD_GROWTH) * _SAME
+    within = [size for size in larger if size * sample_work <= reach] or larger[:1]
+    if not within:
+        return current, "knee"
     if limits.knee_gain and state.peaks.sizes >= 2:
-        if state.times.count(current) < state.times.needed and state.calm_steps < 4 * state.times.needed:
+        if state.times.count(current) < state.times.needed and state.held_steps < _TIMING_STEPS:
             return current, "timing"
-        gain = state.times.gain(current, within[-1])
+        gain = state.times.gain(current, within)
         if gain is not None and gain < limits.knee_gain:
             return current, "knee"
     return within[-1], "grow"
 
 
-def _knee(times: TimeModel, limits: Limits) -> int:
-    """The smallest timed micro-batch within half the knee's gain of the fastest; 0 where only one is timed."""
-    rates = {}
-    for size, _ in times.timings:
-        seconds = times.seconds(size)
-        if seconds:
-            rates[size] = size / seconds
-    if len(rates) < 2:
-        return 0
-    best = max(rates.values())
-    knee = min(size for size, rate in rates.items() if rate >= (1.0 - limits.knee_gain / 2) * best)
-    return knee if knee < max(rates) else 0
-
-
-def _feed_forward(state: State, limits: Limits, budget_bytes: float, sample_work: float) -> float:
-    target = _target(budget_bytes, limits) * (1.0 + state.trim)
-    return state.peaks.work_within(target) / sample_work
+def _capacity(state: State, limits: Limits, budget_bytes: float) -> float:
+    """The most work that keeps the headroom, by the model and the trim."""
+    return state.peaks.work_within(_target(budget_bytes, limits) * (1.0 + state.trim))
 
 
 def _target(budget_bytes: float, limits: Limits) -> float:
@@ -331,14 +388,20 @@ def _target(budget_bytes: float, limits: Limits) -> float:
 
 
 def _decision(
-    state: State, batch: int, reason: str, budget_bytes: float, sample_work: float, limits: Limits
+    state: State,
+    batch: int,
+    reason: str,
+    budget_bytes: float,
+    sample_work: float,
+    limits: Limits,
+    capacity: float = math.inf,
 ) -> Decision:
     return Decision(
         batch=batch,
         reason=reason,
         predicted_peak_bytes=state.peaks.predict(batch * sample_work),
         target_bytes=_target(budget_bytes, limits),
-        feed_forward=_feed_forward(state, limits, budget_bytes, sample_work) if state.peaks.known else math.inf,
+        feed_forward=capacity / sample_work,
         p=state.p,
         i=state.i,
         d=state.d,

@@ -1,24 +1,36 @@
 """Peak memory and time of a step as functions of its work, learned while training. No torch, no clock.
 
-The peak of a training step is a hinge, then a straight line in work (samples times the size of a sample):
-`peak(work) = max(floor, a + b * work)`. A log-log line is 40 % too low when it is extrapolated (docs/memory.md).
+Every moment of a step holds `a + b * work` bytes (work: samples times the size of a sample), and `a` is never less
+than what lies there between steps. The peak is the largest of these lines, so it is a hinge and then a straight line,
+or several: it bends upwards only. Between two amounts of work that were seen, the straight line is therefore never too
+low; beyond the largest, neither is the line from the bytes between steps through that largest peak. A log-log line is
+40 % too low when it is extrapolated (docs/memory.md).
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 _BINS_PER_OCTAVE = 8
 _FIT_OCTAVES = 4.0
-_HALF_LIFE_STEPS = 500.0
-_RESIDUALS = 100
+_STRAIGHT = 0.05
+_LEAST_RISE = 0.1
+_EXTRAPOLATION = 1.05
+_RESIDUALS = 200
+_STRAYS_FROM = 20
+_SURPRISE = 0.1
+_LEAST_MARGIN = 0.005
+_BELIEF_STEPS = 500
 
 
 @dataclass(frozen=True)
 class Bin:
     """What was seen at about one amount of work."""
 
+    key: int
+    """Eighths of an octave."""
     work: float
     peak: float
     count: int
@@ -29,17 +41,23 @@ class Bin:
 class PeakModel:
     """Peak bytes of a step from its work, with the margin that its own errors ask for.
 
-    Observations are kept as running means in bins of work, eight an octave, so that thousands of steps at one size do
-    not make the model forget what it knew of the others. The line is fitted to the upper four octaves of work seen,
-    where the hinge of small batches does not bend it.
+    Observations are kept as moving means in bins of work, eight an octave, joined by straight lines. What was seen n
+    times (at most 8) is believed for 500 n steps. Two errors of 10 % in a row and in one direction, at work between
+    what was seen before, say that the step itself has changed: all else is then forgotten.
     """
 
     bins: tuple[Bin, ...] = ()
     residuals: tuple[float, ...] = ()
-    intercept: float = 0.0
+    """Errors of the last 200 predictions, relative; those that extrapolated are not among them."""
+    base: float = 0.0
+    """Bytes allocated between steps."""
     slope: float = 0.0
+    """Bytes a unit of work beyond the largest work seen, at most: what predictions use."""
+    least_slope: float = 0.0
+    """The same at least."""
     margin_fraction: float = 0.05
-    """Share of a prediction to keep in reserve: 5 % until ten residuals are known, then their largest, at least 1 %."""
+    """Share of a prediction to keep in reserve: 5 % until ten residuals are known, then their 99 % quantile, at
+    least 0.5 %."""
 
     @property
     def known(self) -> bool:
@@ -48,49 +66,71 @@ class PeakModel:
 
     @property
     def sizes(self) -> int:
-        """How many distinct amounts of work have been seen."""
+        """How many distinct amounts of work are remembered."""
         return len(self.bins)
 
     @property
     def largest_work(self) -> float:
+        """The largest work remembered; 0 before the first step."""
         return self.bins[-1].work if self.bins else 0.0
 
     def predict(self, work: float) -> float:
-        """Expected peak bytes of a step with this much work."""
+        """Expected peak bytes of a step with this much work; grows with it, but for noise; 0 before the first step."""
         if not self.bins:
             return 0.0
-        floor = min(bin_.peak for bin_ in self.bins)
-        return max(floor, self.intercept + self.slope * work)
+        place = bisect_left(self.bins, work, key=_work)
+        if place == len(self.bins):
+            return self.bins[-1].peak + self.slope * (work - self.bins[-1].work)
+        high = self.bins[place]
+        low = self.bins[place - 1] if place else Bin(0, 0.0, min(self.base, high.peak), 0, 0)
+        return low.peak + (high.peak - low.peak) * (work - low.work) / (high.work - low.work)
+
+    def extrapolates(self, work: float) -> bool:
+        """Whether this is more work than the model knows of."""
+        return work > _EXTRAPOLATION * self.largest_work
+
+    def least(self, work: float) -> float:
+        """The least peak bytes to expect of a step with more work than any seen, margin included."""
+        return (self.bins[-1].peak + self.least_slope * (work - self.largest_work)) * (1.0 + self.margin_fraction)
 
     def work_within(self, limit_bytes: float) -> float:
         """The most work whose expected peak, margin included, is at most `limit_bytes`; 0 where none is."""
         usable = limit_bytes / (1.0 + self.margin_fraction)
-        if not self.bins or usable < min(bin_.peak for bin_ in self.bins):
-            # below every peak seen: only the line can say, and where it starts above the limit nothing fits
-            return max(0.0, (usable - self.intercept) / self.slope) if self.slope > 0 else 0.0
-        return (usable - self.intercept) / self.slope if self.slope > 0 else math.inf
+        if not self.bins or usable <= 0.0:
+            return 0.0
+        low = self.bins[-1]
+        if low.peak <= usable:
+            return low.work + (usable - low.peak) / self.slope if self.slope > 0.0 else math.inf
+        for place in range(len(self.bins) - 1, -1, -1):
+            high = self.bins[place]
+            low = self.bins[place - 1] if place else Bin(0, 0.0, self.base, 0, 0)
+            if low.peak <= usable:
+                return low.work + (high.work - low.work) * (usable - low.peak) / (high.peak - low.peak)
+        return 0.0
 
     def observe(self, work: float, peak: float, base: float, step: int) -> PeakModel:
         """The model after a step with `work` reached `peak` bytes, `base` bytes of which were there before it."""
-        known = bool(self.bins)
-        residual = peak / max(self.predict(work), 1.0) - 1.0 if known else 0.0
+        residuals = self.residuals
+        if not self.extrapolates(work):
+            residuals = (*residuals[1 - _RESIDUALS :], peak / max(self.predict(work), 1.0) - 1.0)
+            if abs(residuals[-1]) > _SURPRISE and len(residuals) > 1:
+                if min(residuals[-2:]) > _SURPRISE or max(residuals[-2:]) < -_SURPRISE:
+                    return PeakModel().observe(work, peak, base, step)
+                if len(residuals) >= _STRAYS_FROM:  # one alone is not learned from: it may be a stray
+                    return replace(self, residuals=residuals, base=base, margin_fraction=_margin(residuals))
         key = _key(work)
-        bins = list(self.bins)
-        place = next((i for i, bin_ in enumerate(bins) if _key(bin_.work) == key), None)
-        if place is None:
-            bins.append(Bin(work, peak, 1, step))
-            bins.sort(key=lambda bin_: bin_.work)
-        else:
-            old = bins[place]
-            share = max(1.0 / (old.count + 1), 0.2)
-            bins[place] = Bin(
-                old.work + share * (work - old.work), old.peak + share * (peak - old.peak), old.count + 1, step
-            )
-        residuals = (*self.residuals[-(_RESIDUALS - 1) :], residual) if known else ()
-        # the first step at a size tests an extrapolation; later ones test the fit
-        margin = max(0.01, max(residuals)) if len(residuals) >= 10 else max(0.05, max(residuals, default=0.0))
-        intercept, slope = _fit(bins, base, step)
-        return PeakModel(tuple(bins), residuals, intercept, slope, min(margin, 1.0))
+        bins = []
+        seen = Bin(key, work, peak, 1, step)
+        for place, old in enumerate(self.bins):
+            if old.key == key:
+                # the first step at a size may have searched for kernels: the second replaces it
+                share = max(1.0 / old.count, 0.2)
+                mean_work, mean_peak = old.work + share * (work - old.work), old.peak + share * (peak - old.peak)
+                seen = Bin(key, mean_work, mean_peak, old.count + 1, step)
+            elif place == 0 or step - old.step < _BELIEF_STEPS * min(old.count, 8):
+                bins.append(old)
+        bins.insert(bisect_left(bins, seen.work, key=_work), seen)
+        return PeakModel(tuple(bins), residuals, base, *_slopes(bins, base), _margin(residuals))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Plain numbers, for a checkpoint."""
@@ -98,36 +138,56 @@ class PeakModel:
         return {
             "bins": rows,
             "residuals": [list(self.residuals)],
-            "line": [[self.intercept, self.slope, self.margin_fraction]],
+            "line": [[self.base, self.slope, self.least_slope, self.margin_fraction]],
         }
 
     @staticmethod
     def from_state_dict(state: dict[str, list[list[float]]]) -> PeakModel:
-        bins = tuple(Bin(work, peak, int(count), int(step)) for work, peak, count, step in state["bins"])
+        """The model that gave this `state_dict`."""
+        bins = tuple(Bin(_key(work), work, peak, int(count), int(step)) for work, peak, count, step in state["bins"])
         return PeakModel(bins, tuple(state["residuals"][0]), *state["line"][0])
+
+
+def _work(bin_: Bin) -> float:
+    return bin_.work
 
 
 def _key(work: float) -> int:
     return round(_BINS_PER_OCTAVE * math.log2(max(work, 1e-9)))
 
 
-def _fit(bins: list[Bin], base: float, step: int) -> tuple[float, float]:
-    """Intercept and slope of the line through the upper bins, newer and better-known ones weighing more."""
+def _margin(residuals: tuple[float, ...]) -> float:
+    if len(residuals) < 10:
+        return min(1.0, max(0.05, max(residuals, default=0.0)))
+    # one stray in twenty or more does not count; of 200 the two largest do not
+    strays = 0 if len(residuals) < _STRAYS_FROM else max(1, len(residuals) // 100)
+    return min(1.0, max(_LEAST_MARGIN, sorted(residuals)[-1 - strays]))
+
+
+def _slopes(bins: list[Bin], base: float) -> tuple[float, float]:
+    """Bytes a unit of work beyond the largest seen, at most and at least.
+
+    At least what least squares say of the upper four octaves. That is also the most where three or more lie on one
+    rising line; else it is the line from `base` through the largest, which is never too low.
+    """
     top = bins[-1]
-    # with one size, or sizes that all lie on the floor, what was there before the step is the line's other point
-    single = (min(base, top.peak), max(top.peak - base, 1.0) / top.work)
+    ray = max(0.0, top.peak - base) / top.work
     chosen = [bin_ for bin_ in bins if bin_.work >= top.work / 2**_FIT_OCTAVES]
     if len(chosen) < 2:
-        return single
-    weights = [min(bin_.count, 8) * 0.5 ** ((step - bin_.step) / _HALF_LIFE_STEPS) + 1e-6 for bin_ in chosen]
+        return ray, 0.0
+    weights = [min(bin_.count, 8) for bin_ in chosen]
     total = sum(weights)
     mean_work = sum(w * bin_.work for w, bin_ in zip(weights, chosen, strict=True)) / total
     mean_peak = sum(w * bin_.peak for w, bin_ in zip(weights, chosen, strict=True)) / total
     spread = sum(w * (bin_.work - mean_work) ** 2 for w, bin_ in zip(weights, chosen, strict=True))
     slope = sum(w * (b.work - mean_work) * (b.peak - mean_peak) for w, b in zip(weights, chosen, strict=True)) / spread
-    if slope <= 0.05 * single[1]:
-        return single
-    return mean_peak - slope * mean_work, slope
+    slope = max(0.0, slope)
+    rise = top.peak - chosen[0].peak
+    if len(chosen) >= 3 and rise >= _LEAST_RISE * top.peak:  # less may be a hinge's floor, and noise
+        furthest = max(abs(bin_.peak - mean_peak - slope * (bin_.work - mean_work)) for bin_ in chosen)
+        if furthest <= _STRAIGHT * rise:
+            return slope, slope
+    return max(slope, ray), slope
 
 
 @dataclass(frozen=True)
@@ -144,28 +204,33 @@ class TimeModel:
         return replace(self, timings=tuple(sorted(table.items())))
 
     def count(self, batch: int) -> int:
-        return len(dict(self.timings).get(batch, ()))
+        """How many timings of this size are remembered, at most 9."""
+        return next((len(values) for size, values in self.timings if size == batch), 0)
 
-    def seconds(self, batch: int) -> float | None:
-        """Median seconds of a micro-batch of this size; None before enough timings are known."""
-        values = sorted(dict(self.timings).get(batch, ()))
-        return values[len(values) // 2] if len(values) >= self.needed else None
+    def medians(self) -> dict[int, float]:
+        """Median seconds by size, ascending; only sizes with enough timings."""
+        return {size: sorted(values)[len(values) // 2] for size, values in self.timings if len(values) >= self.needed}
 
-    def gain(self, batch: int, larger: int) -> float | None:
-        """Predicted relative gain in samples per second from `batch` to `larger`; None where it cannot be told.
+    def gain(self, batch: int, larger: list[int]) -> float | None:
+        """The best relative gain in samples per second from `batch` to any of `larger`; None where it cannot be told.
 
-        The time of the larger one is measured, or lies on the line through `batch` and the next smaller timed size.
+        The time of a larger one is measured, or lies on the line through `batch` and the next smaller timed size.
         """
-        now = self.seconds(batch)
-        if now is None:
+        medians = self.medians()
+        now = medians.get(batch)
+        smaller = [size for size in medians if size < batch]
+        if now is None or not smaller:
             return None
-        then = self.seconds(larger)
-        if then is None:
-            smaller = [size for size, _ in self.timings if size < batch and self.seconds(size) is not None]
-            if not smaller:
-                return None
-            before = self.seconds(smaller[-1])
-            assert before is not None
-            slope = max(0.0, (now - before) / (batch - smaller[-1]))
-            then = now + slope * (larger - batch)
-        return (larger / then) / (batch / now) - 1.0
+        slope = max(0.0, (now - medians[smaller[-1]]) / (batch - smaller[-1]))
+        return max(size / medians.get(size, now + slope * (size - batch)) * (now / batch) - 1.0 for size in larger)
+
+    def knee(self, tolerance: float) -> int:
+        """The smallest timed size whose rate is within `tolerance` (a share) of the fastest; 0 if that is the largest,
+        or where only one is timed.
+        """
+        rates = {size: size / seconds for size, seconds in self.medians().items()}
+        if len(rates) < 2:
+            return 0
+        enough = (1.0 - tolerance) * max(rates.values())
+        size = min(size for size, rate in rates.items() if rate >= enough)
+        return size if size < max(rates) else 0
