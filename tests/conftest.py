@@ -1,4 +1,4 @@
-"""What all tests share: the `gpu` marker, and no more threads than the smallest machine we test on has cores."""
+"""What all tests share: the `gpu` marker, and one thread a process: the tensors are tiny."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 
 # Before anything imports torch, and inherited by the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

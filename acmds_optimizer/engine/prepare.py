@@ -115,10 +115,13 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 def _statistics_untouched(block: nn.Module) -> Iterator[None]:
     # a second forward would enter the same batch into the running statistics twice
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)

@@ -60,8 +60,9 @@ class TrainStep:
         for size in parts(len(batch), micro_batch):
             losses.append(self.micro(batch.slice(start, start + size), len(batch)))
             start += size
-        self.guard.optimizer_step()
-        return torch.cat(losses)
+        result = torch.cat(losses)
+        self.guard.optimizer_step()  # last: what allocates after it could fail when the step can no longer be undone
+        return result
 
     def micro(self, part: Batch, total: int) -> Tensor:
         """Forward and backward of one micro-batch out of `total` samples; its losses (B,), detached."""
@@ -77,11 +78,12 @@ class TrainStep:
         return self.loss_fn(self.logits(inputs), targets)
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """The model's outputs (B, C) in float32."""
+        """The model's outputs (B, C), in float32 where the model computed in half precision."""
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device_type, self.amp_dtype) if self.amp_dtype else nullcontext():
-            return self.model(inputs).float()
+            outputs: Tensor = self.model(inputs)
+        return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 class StepClock:

@@ -100,8 +100,8 @@ class Guard:
 
     Args:
         model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
-        optimizer: a fused one with a single parameter group is atomic and needs no copy; others are copied just
-            before they step, on the device, or on the host where the copy itself does not fit.
+        optimizer: a fused one with a single parameter group and no scaler is atomic and needs no copy; others are
+            copied just before they step, on the device, or on the host where the copy itself does not fit.
         controller: is asked for the next size, and told of every error.
         scaler: a GradScaler whose state belongs to the step.
         others: anything else with `state_dict`/`load_state_dict` that a step changes.
@@ -130,15 +130,22 @@ class Guard:
         self._undo_optimizer: Callable[[], None] | None = None
         self._copy_on_host = False
 
-    def run(self, attempt: Callable[[int], Result], micro_batch: int) -> GuardedResult[Result]:
+    def run(
+        self, attempt: Callable[[int], Result], micro_batch: int, *, sample_work: float = 1.0
+    ) -> GuardedResult[Result]:
         """Run `attempt(micro_batch)`; after an out-of-memory error undo it and run it again, smaller.
 
         Gradients are dropped before each attempt. Any other error is raised untouched.
 
+        Args:
+            attempt: one optimizer step, in pieces of at most so many samples.
+            micro_batch: the size to begin with; not more than there are samples.
+            sample_work: size of the largest sample relative to the usual one, as told to `controller.decide`.
+
         Raises:
             OutOfMemoryForGoodError: it failed at micro-batch 1, or `max_oom_retries` times in a row.
         """
-        undo = self._remember()
+        undo = self._start()
         events: list[OutOfMemoryEvent] = []
         while True:
             value, message = self._try(attempt, micro_batch)
@@ -146,7 +153,7 @@ class Guard:
                 self._undo_optimizer = None
                 return GuardedResult(cast(Result, value), micro_batch, tuple(events))
             undo()
-            events.append(self._shrink(message, micro_batch, len(events) + 1))
+            events.append(self._shrink(message, micro_batch, len(events) + 1, sample_work))
             self._check_tries(events)
             micro_batch = events[-1].next_micro_batch
 
@@ -164,14 +171,21 @@ class Guard:
         Raises:
             OutOfMemoryForGoodError: as for `run`.
         """
-        undo = self._remember()
+        undo = self._start()
         _, message = self._try(attempt, micro_batch)
         undo()
         if message is None:
             return None
-        event = self._shrink(message, micro_batch, failed + 1)
+        event = self._shrink(message, micro_batch, failed + 1, 1.0)
         self._check_tries([event])
         return event
+
+    def _start(self) -> Callable[[], None]:
+        undo, message = self._try(lambda _: self._remember(), 0)
+        if message is None:
+            return cast(Callable[[], None], undo)
+        self.controller.memory.release_cache()  # nothing has changed yet, so all it takes is room for the copies
+        return self._remember()
 
     def _try(self, attempt: Callable[[int], Result], micro_batch: int) -> tuple[Result | None, str | None]:
         """Its value, or the message of the out-of-memory error that ended it."""
@@ -193,7 +207,10 @@ class Guard:
             raise OutOfMemoryForGoodError(self._advice(last, f"{last.attempt} tries in a row failed"), events)
 
     def optimizer_step(self) -> None:
-        """Step the optimizer (through the scaler, if any) so that a failure in it can be undone."""
+        """Step the optimizer (through the scaler, if any) so that a failure in it can be undone.
+
+        To be the last thing of an attempt: a fused step that has been taken is not undone.
+        """
         self._undo_optimizer = self._remember_optimizer()
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
@@ -201,10 +218,10 @@ class Guard:
         else:
             self.optimizer.step()
 
-    def _shrink(self, message: str, micro_batch: int, attempt: int) -> OutOfMemoryEvent:
+    def _shrink(self, message: str, micro_batch: int, attempt: int, sample_work: float) -> OutOfMemoryEvent:
         peak = self.controller.memory.read().peak_allocated_bytes
         shortage = shortage_bytes(message)
-        decision = self.controller.out_of_memory(micro_batch, shortage, attempt)
+        decision = self.controller.out_of_memory(micro_batch, shortage, attempt, work=micro_batch * sample_work)
         return OutOfMemoryEvent(
             attempt=attempt,
             micro_batch=micro_batch,
@@ -259,7 +276,7 @@ class Guard:
 
     def _is_atomic(self) -> bool:
         groups = self.optimizer.param_groups
-        if len(groups) != 1 or not groups[0].get("fused"):
+        if len(groups) != 1 or not groups[0].get("fused") or self.scaler is not None:
             return False
         parameters = [p for p in groups[0]["params"] if p.requires_grad]
         return len({(p.device, p.dtype) for p in parameters}) == 1 and all(
@@ -283,7 +300,12 @@ class Guard:
                 elif not atomic or value.dim() == 0:
                     kept.append((value, self._copy(value)))
 
+        attributes = set(vars(self.optimizer))
+
         def undo() -> None:
+            # a scaler hands its scale to a fused optimizer in attributes, and a failed step leaves them there
+            for name in set(vars(self.optimizer)) - attributes:
+                delattr(self.optimizer, name)
             with torch.no_grad():
                 for tensor, copy in kept:
                     tensor.copy_(copy)

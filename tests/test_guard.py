@@ -1,0 +1,307 @@
+"""After an out-of-memory error at any operation, a guarded step leaves no trace of the failed attempt."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from acmds_optimizer.config import CurriculumConfig
+from acmds_optimizer.errors import OutOfMemoryForGoodError
+from acmds_optimizer.memory.controller import MemoryPressureController
+from acmds_optimizer.memory.device import BudgetedCpuMemory
+from acmds_optimizer.memory.guard import Guard, create_optimizer_state, is_out_of_memory, shortage_bytes
+
+OPTIMIZERS = {
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adamw_two_groups_fused": lambda p: torch.optim.AdamW(
+        [{"params": p[:2], "weight_decay": 0.0}, {"params": p[2:]}], lr=0.01, fused=True
+    ),
+    "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "rmsprop_new_state": lambda p: torch.optim.RMSprop(p, lr=0.01),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections_are_quick():
+    """Every recovery collects garbage; what the imports have made need not be walked each time."""
+    Rig("adamw_foreach").steps(1)  # the first step of a process imports much of PyTorch
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Net(nn.Module):
+    """Conv, BatchNorm and dropout: the three kinds of state that a naive retry corrupts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(4 * 36, 3)
+        )
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.body(inputs)
+
+
+class Rig:
+    """A model, its optimizer and a guard, in a state that depends on the seed alone."""
+
+    def __init__(self, optimizer: str, amp: bool = False, micro_batches: int = 1) -> None:
+        torch.manual_seed(3)
+        self.model = Net()
+        self.optimizer = OPTIMIZERS[optimizer](list(self.model.parameters()))
+        create_optimizer_state(self.optimizer)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=amp, growth_interval=1, init_scale=8.0)
+        self.memory = BudgetedCpuMemory(2**30)
+        config = CurriculumConfig(target_headroom_gb=0.1, min_batch_size=1, max_batch_size=8)
+        self.controller = MemoryPressureController("cpu", config, memory=self.memory)
+        self.guard = Guard(self.model, self.optimizer, self.controller, self.scaler)
+        self.amp = amp
+        self.micro_batches = micro_batches
+        self.inputs = torch.randn(8, 1, 8, 8)
+        self.targets = torch.randint(0, 3, (8,))
+
+    def attempt(self, micro_batch: int) -> torch.Tensor:
+        losses = []
+        size = len(self.inputs) // self.micro_batches
+        for x, y in zip(self.inputs.split(size), self.targets.split(size), strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.amp):
+                loss = nn.functional.cross_entropy(self.model(x).float(), y, reduction="sum") / len(self.inputs)
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        result = torch.stack(losses)
+        self.guard.optimizer_step()
+        return result
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.guard.run(self.attempt, 8)
+
+    def state(self) -> list[torch.Tensor]:
+        tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                tensors += [
+                    value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                    for _, value in sorted(self.optimizer.state[parameter].items())
+                ]
+        if self.amp:
+            tensors += [
+                torch.tensor(self.scaler.get_scale()),
+                torch.tensor(self.scaler.state_dict()["_growth_tracker"]),
+            ]
+        return [tensor.clone() for tensor in tensors]
+
+
+def operations_of_a_step(make) -> int:
+    rig = make()
+    rig.steps(1)
+    operations = []
+    rig.memory.on_operation = lambda operation: operations.append(operation) if computes(operation) else None
+    rig.steps(1)
+    return len(operations)
+
+
+def computes(operation) -> bool:
+    """Whether it works on tensors; the profiler's marks pass through the dispatcher too, and allocate nothing."""
+    return not str(operation).startswith("profiler.")
+
+
+def fail_at(rig: Rig, number: int) -> None:
+    """Raise the real error just before operation `number` of the next attempt, once."""
+    count = itertools.count()
+
+    def strike(operation) -> None:
+        if computes(operation) and next(count) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    rig.memory.on_operation = strike
+
+
+CASES = [
+    *[(name, False, 1) for name in OPTIMIZERS],
+    ("adamw_fused", True, 1),
+    ("adamw_foreach", True, 1),
+    ("adamw_fused", False, 4),
+    ("sgd_momentum", True, 2),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "amp", "micro_batches"), CASES)
+def test_an_error_at_any_operation_leaves_every_bit_as_if_it_had_not_happened(optimizer, amp, micro_batches):
+    def make() -> Rig:
+        return Rig(optimizer, amp, micro_batches)
+
+    clean = make()
+    clean.steps(3)
+    expected = clean.state()
+    total = operations_of_a_step(make)
+    assert total > 30
+    for number in range(total):
+        rig = make()
+        rig.steps(1)
+        fail_at(rig, number)
+        result = rig.guard.run(rig.attempt, 8)
+        assert len(result.events) == 1, f"operation {number} of {total} was not reached"
+        rig.memory.on_operation = None
+        rig.steps(1)
+        for kept, wanted in zip(rig.state(), expected, strict=True):
+            assert torch.equal(kept, wanted), f"error at operation {number} of {total}"
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_an_error_in_the_first_step_leaves_no_trace(optimizer):
+    clean = Rig(optimizer)
+    clean.steps(2)
+    expected = clean.state()
+    for number in range(0, 200, 7):
+        rig = Rig(optimizer)
+        fail_at(rig, number)
+        rig.steps(2)
+        assert all(torch.equal(a, b) for a, b in zip(rig.state(), expected, strict=True)), number
+
+
+def test_nothing_of_the_failed_attempt_stays_alive():
+    rig = Rig("adamw_fused")
+    rig.steps(1)
+    gc.collect()
+    rig.optimizer.zero_grad()
+    before = rig.memory.read().allocated_bytes
+    rig.memory.neighbour_bytes = rig.memory.total_bytes - before - 10_000
+    held = []
+
+    def attempt(micro_batch: int) -> None:
+        held.append(rig.memory.read().allocated_bytes)
+        rig.model(rig.inputs.repeat(micro_batch, 1, 1, 1))
+
+    with pytest.raises(OutOfMemoryForGoodError):
+        rig.guard.run(attempt, 8)
+    assert len(held) > 2
+    assert set(held) == {before}, "what the first step counted is all there is at the start of each try"
+
+
+def test_the_error_at_micro_batch_1_says_what_to_change():
+    rig = Rig("adamw_fused")
+    rig.memory.neighbour_bytes = rig.memory.total_bytes - 100
+    with pytest.raises(
+        OutOfMemoryForGoodError, match=r"one sample.*--gradient-checkpointing.*--memory-limit-gb"
+    ) as error:
+        rig.guard.run(rig.attempt, 8)
+    assert [event.micro_batch for event in error.value.events][-1] == 1
+    assert error.value.__context__ is None, "a chained error would keep the failed step's tensors"
+
+
+def test_tries_are_bounded():
+    rig = Rig("adamw_fused")
+    rig.controller.config.max_oom_retries = 2
+    rig.memory.neighbour_bytes = rig.memory.total_bytes - 100
+    with pytest.raises(OutOfMemoryForGoodError, match="3 tries in a row") as error:
+        rig.guard.run(rig.attempt, 8)
+    assert len(error.value.events) == 3
+
+
+def test_the_next_try_is_smaller():
+    rig = Rig("adamw_fused")
+    asked = []
+
+    def attempt(micro_batch: int) -> None:
+        asked.append(micro_batch)
+        if micro_batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    result = rig.guard.run(attempt, 8)
+    assert asked == sorted(asked, reverse=True)
+    assert result.micro_batch == asked[-1] <= 2
+    assert [event.next_micro_batch for event in result.events] == asked[1:]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), RuntimeError("CUDA error: an illegal memory access"), KeyboardInterrupt()]
+)
+def test_any_other_error_is_raised_untouched(error):
+    rig = Rig("adamw_fused")
+
+    def attempt(_: int) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        rig.guard.run(attempt, 8)
+    assert caught.value is error
+
+
+def test_a_rehearsal_leaves_no_trace_whether_it_fits_or_not():
+    rig = Rig("adamw_foreach")
+    rig.steps(1)
+    before = rig.state()
+    assert rig.guard.rehearse(rig.attempt, 8) is None
+    rig.memory.neighbour_bytes = rig.memory.total_bytes - 100
+    assert rig.guard.rehearse(rig.attempt, 8) is not None
+    assert all(torch.equal(a, b) for a, b in zip(rig.state(), before, strict=True))
+    assert all(p.grad is None for p in rig.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Unable to find an engine to execute this computation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_all_variants_of_the_error_are_recognised(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        MemoryError("numpy"),
+        ValueError("CUDA out of memory"),
+    ],
+)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 23.2 GiB of which 0.50 GiB is free.", 1.5 * 2**30),
+        ("Tried to allocate 4.00 MiB. The card has a budget of 6.00 MiB of which 5.00 MiB are allocated.", 3 * 2**20),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB", 20 * 2**20),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", 0),
+    ],
+)  # fmt: skip
+def test_the_shortage_is_read_from_the_words(message, expected):
+    assert shortage_bytes(message) == expected
+
+
+@pytest.mark.parametrize("kind", ["adamw_foreach", "adamw_fused", "sgd_momentum"])
+def test_creating_the_optimizer_state_ahead_changes_no_step(kind):
+    def run(ahead: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = OPTIMIZERS[kind](list(model.parameters()))
+        if ahead:
+            create_optimizer_state(optimizer)
+            assert all(p in optimizer.state for p in model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))

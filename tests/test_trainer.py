@@ -1,0 +1,401 @@
+"""The loop as a whole: what memory does to a run must not change what the run learns."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import acmds_optimizer
+from acmds_optimizer import (
+    ACMDSTrainer,
+    CurriculumConfig,
+    DifficultyAwareDataset,
+    MemoryPressureController,
+    MemoryPressureLevel,
+    RTX3090ACMDSTrainer,
+    TrainConfig,
+    run_training,
+)
+from acmds_optimizer.engine.step import parts
+from acmds_optimizer.engine.telemetry import EVENT_COLUMNS, STEP_COLUMNS
+from acmds_optimizer.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.memory.device import BudgetedCpuMemory
+
+GIB = 2**30
+
+
+def data(count: int = 100, features: int = 20) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, features, generator=generator)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+def network(features: int = 20) -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(Double(), nn.Linear(features, 64), nn.Tanh(), nn.Linear(64, 2)).double()
+
+
+class Double(nn.Module):
+    """The rest of the model computes in float64, so that only the order of sums can differ."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.double()
+
+
+def make(memory: BudgetedCpuMemory | None = None, dataset=None, **settings) -> ACMDSTrainer:
+    model = network()
+    settings = {
+        "target_headroom_gb": 0.0001,
+        "max_batch_size": 32,
+        "enable_amp": False,
+        "knee_gain_fraction": 0.0,
+    } | settings
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    memory = memory or BudgetedCpuMemory(GIB)
+    return ACMDSTrainer(model, dataset or data(), optimizer, CurriculumConfig(**settings), "cpu", memory=memory)
+
+
+def weights(trainer: ACMDSTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_the_names_users_know_are_there_with_their_defaults():
+    config = CurriculumConfig()
+    expected = {
+        "target_headroom_gb": 3.0, "min_batch_size": 4, "max_batch_size": 64, "difficulty_window": 1000,
+        "pressure_smoothing": 0.9, "pid_kp": 0.15, "pid_ki": 0.02, "pid_kd": 0.08, "curriculum_alpha": 0.05,
+        "enable_amp": True, "gradient_checkpointing": False, "enable_cuda_graphs": False, "gc_threshold_gb": 2.0,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert RTX3090ACMDSTrainer is ACMDSTrainer
+    assert all(hasattr(acmds_optimizer, name) for name in acmds_optimizer.__all__)
+
+
+@pytest.mark.parametrize(
+    ("total", "largest", "expected"), [(64, 22, [22, 21, 21]), (64, 64, [64]), (10, 4, [4, 3, 3]), (3, 8, [3])]
+)
+def test_an_effective_batch_is_cut_into_near_equal_parts(total, largest, expected):
+    assert parts(total, largest) == expected
+
+
+def test_an_epoch_reports_the_mean_of_the_real_per_sample_losses():
+    trainer = make(dataset=DifficultyAwareDataset(data()))
+    for group in trainer.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    trainer._base_lrs = [0.0]  # the weights stand still, so the losses can be computed afterwards
+    figures = trainer.train_epoch()
+    inputs, targets = data().tensors
+    losses = nn.functional.cross_entropy(trainer.model(inputs), targets, reduction="none")
+    assert figures["epoch_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert torch.allclose(trainer.dataset.difficulty_scores, 1 - torch.exp(-losses.float()), atol=1e-5)
+    assert figures["samples"] == 100
+    assert len(trainer.dataset.difficulty_scores.unique()) > 90, "not the batch mean written to every sample"
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 32])
+def test_the_micro_batch_does_not_change_what_is_learned(micro_batch):
+    fixed = make()
+    fixed.train_epoch()
+    small = make(min_batch_size=1, max_batch_size=micro_batch, effective_batch_size=32)
+    small.train_epoch()
+    assert small.recorder.figures["steps"] == fixed.recorder.figures["steps"]
+    # float64, and sums in another order: equal to rounding
+    assert torch.allclose(weights(small), weights(fixed), rtol=0, atol=1e-12)
+
+
+def test_a_run_with_errors_equals_a_run_without():
+    clean = make(min_batch_size=32)
+    memory = BudgetedCpuMemory(GIB)
+    struck = make(memory, min_batch_size=32)
+    operations = itertools.count(1)
+
+    def strike(operation) -> None:
+        if next(operations) % 1009 == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for trainer in (clean, struck):
+        trainer.train_epoch()  # the first step rehearses
+    memory.on_operation = strike
+    for _ in range(24):
+        clean.train_epoch()
+        struck.train_epoch()
+    assert struck.recorder.figures["oom_events"] >= 5
+    assert struck.recorder.figures["oom_recovered"] == struck.recorder.figures["oom_events"]
+    assert torch.allclose(weights(struck), weights(clean), rtol=0, atol=1e-11)
+    assert torch.equal(struck.dataset.scores.count, clean.dataset.scores.count)
+
+
+def test_no_sample_is_lost_or_repeated_while_a_neighbour_comes_and_goes():
+    memory = BudgetedCpuMemory(900_000)
+    trainer = make(memory, batch_policy="free", max_batch_size=512, dataset=data(3000))
+    operations = itertools.count()
+
+    def neighbour(operation) -> None:
+        memory.neighbour_bytes = 600_000 if next(operations) // 310 % 2 else 0
+
+    memory.on_operation = neighbour
+    for epoch in range(1, 4):
+        trainer.train_epoch()
+        assert (trainer.dataset.scores.count == epoch).all()
+    assert trainer.recorder.figures["oom_events"] > 0
+
+
+def test_the_batch_shrinks_for_a_neighbour_and_grows_back():
+    memory = BudgetedCpuMemory(900_000)
+    trainer = make(memory, batch_policy="free", max_batch_size=512, dataset=data(20_000))
+    trainer.train_epoch()
+    alone = trainer.controller.batch_size
+    memory.neighbour_bytes = 500_000
+    trainer.train_epoch()
+    squeezed = trainer.controller.batch_size
+    memory.neighbour_bytes = 0
+    trainer.train_epoch()
+    assert squeezed < 0.6 * alone
+    assert trainer.controller.batch_size == alone
+
+
+def test_a_model_that_does_not_fit_ends_with_advice():
+    memory = BudgetedCpuMemory(120_000)
+    trainer = make(memory, target_headroom_gb=0.00001)
+    memory.neighbour_bytes = 80_000
+    with pytest.raises(OutOfMemoryForGoodError, match="even one sample does not fit"):
+        trainer.train_epoch()
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_step():
+    trainer = make()
+    trainer.train_step.loss_fn = lambda logits, targets: (
+        nn.functional.cross_entropy(logits, targets, reduction="none") * math.inf
+    )
+    with pytest.raises(DivergedError, match="step 0: lower --lr"):
+        trainer.train_epoch()
+
+
+def test_the_monitor_keeps_the_newest_readings_and_stops():
+    trainer = make()
+    before = threading.active_count()
+    trainer.controller.start_monitoring(interval_ms=1)
+    trainer.controller.start_monitoring(interval_ms=1)
+    assert threading.active_count() == before + 1
+    reading = trainer.controller.metrics_queue.get(timeout=5)
+    assert reading.budget_bytes == GIB
+    trainer.shutdown()
+    trainer.shutdown()
+    assert threading.active_count() == before
+
+
+def test_a_full_queue_drops_its_oldest_reading():
+    controller = make().controller
+    controller.metrics_queue = type(controller.metrics_queue)(maxsize=3)
+    controller._stop = _StopAfter(10)
+    controller._watch(0.0)
+    assert controller.metrics_queue.qsize() == 3
+
+
+class _StopAfter:
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def wait(self, _: float) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def set(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("free_of_24", "level", "capacity"),
+    [(0.5, "CRITICAL", 0.0), (2.0, "HIGH", 0.2), (3.5, "MODERATE", 0.5), (6.5, "LOW", 1.0), (23.0, "LOW", 1.0)],
+)
+@pytest.mark.parametrize("card_gb", [6, 24, 140])
+def test_pressure_and_capacity_mean_the_same_on_every_card(free_of_24, level, capacity, card_gb):
+    memory = BudgetedCpuMemory(card_gb * GIB)
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=1), memory=memory)
+    memory._live_bytes = int(card_gb * GIB * (1 - free_of_24 / 24))
+    assert controller.get_pressure_level() is MemoryPressureLevel[level]
+    assert controller.get_difficulty_capacity() == pytest.approx(capacity, abs=1e-6)
+
+
+def test_more_free_memory_never_gives_a_smaller_adaptive_batch():
+    memory = BudgetedCpuMemory(24 * GIB)
+    controller = MemoryPressureController("cpu", CurriculumConfig(), memory=memory)
+    sizes = []
+    for used in range(24, -1, -1):
+        memory._live_bytes = used * GIB
+        sizes.append(controller.adaptive_batch_size(64, 0.8))
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (4, 64)
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        controller.adaptive_batch_size(64, 1.5)
+
+
+def test_a_headroom_that_leaves_nothing_is_refused():
+    with pytest.raises(ConfigError, match="target_headroom_gb 3 leaves nothing of 2 GB"):
+        MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=2))
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_statistics():
+    from acmds_optimizer.engine.prepare import checkpoint_activations
+
+    def run(recompute: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        blocks = [
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.2))
+            for _ in range(3)
+        ]
+        model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(48, 2))
+        if recompute:
+            assert checkpoint_activations(model)
+        torch.manual_seed(1)
+        model(torch.randn(5, 3, 4, 4)).square().sum().backward()
+        return [p.grad for p in model.parameters()] + list(model.buffers())
+
+    assert all(torch.allclose(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_recomputing_activations_lowers_the_peak():
+    def peak(recompute: bool) -> int:
+        blocks = [nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64)) for _ in range(8)]
+        model = nn.Sequential(*blocks, nn.Linear(64, 2))
+        dataset = data(count=1024, features=64)
+        memory = BudgetedCpuMemory(GIB)
+        config = CurriculumConfig(
+            target_headroom_gb=0.1, min_batch_size=1024, max_batch_size=1024, gradient_checkpointing=recompute,
+            enable_amp=False,
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), fused=True)
+        with ACMDSTrainer(model, dataset, optimizer, config, "cpu", memory=memory) as trainer:
+            trainer.train_epoch()
+            return trainer.recorder.peak_reserved_bytes
+
+    assert peak(True) < 0.6 * peak(False)
+
+
+def test_a_model_without_blocks_trains_without_checkpointing_and_says_so(caplog):
+    from acmds_optimizer.engine.prepare import checkpoint_activations
+
+    assert not checkpoint_activations(nn.Linear(2, 2))
+    assert "no sequence of blocks" in caplog.text
+
+
+# --- files
+
+
+DIGITS = {
+    "model": "small_cnn", "dataset": "digits", "device": "cpu", "memory_limit_gb": 0.05, "target_headroom_gb": 0.01,
+    "max_batch_size": 64, "knee_gain_fraction": 0.0,
+}  # fmt: skip
+
+
+def test_a_run_writes_its_records(tmp_path):
+    config = TrainConfig(**DIGITS, epochs=2)
+    outcome = run_training(config, output_dir=tmp_path / "run")
+    with (tmp_path / "run" / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(STEP_COLUMNS)
+    assert len(rows) == outcome.steps == 2 * math.ceil(1618 / 64)
+    assert int(rows[-1]["samples_seen"]) == outcome.samples == 2 * 1618
+    assert (tmp_path / "run" / "events.csv").read_text().strip() == ",".join(EVENT_COLUMNS)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["val_accuracy"] == outcome.val_accuracy > 0.9
+    assert "torch" in json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+def test_a_run_is_never_written_over(tmp_path):
+    run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path)
+    with pytest.raises(ConfigError, match="holds a run already; use --resume"):
+        run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path)
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError):
+        run_training(TrainConfig(**DIGITS | {"target_headroom_gb": 1.0}), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stop_at", [7, 26, 40])
+def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path, stop_at):
+    config = TrainConfig(**DIGITS, epochs=2)
+    run_training(config, output_dir=tmp_path / "whole")
+    calls = 0
+
+    def should_stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > stop_at
+
+    stopped = run_training(config, output_dir=tmp_path / "parts", should_stop=should_stop)
+    assert stopped.stopped_early
+    run_training(config, output_dir=tmp_path / "parts", resume=tmp_path / "parts")
+
+    whole = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    resumed = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    assert torch.equal(whole["scores"]["average"], resumed["scores"]["average"])
+    with (tmp_path / "parts" / "steps.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(52))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a whole checkpoint"),
+        (b"hello", "not a whole checkpoint"),
+        (None, "no such checkpoint"),
+        ("foreign", "file of another program"),
+        ("truncated", "not a whole checkpoint"),
+        ("version", "another version"),
+    ],
+)
+def test_a_file_that_is_not_a_checkpoint_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "file.pt"
+    trainer = make()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif content == "version":
+        torch.save({"format": "acmds-checkpoint", "version": 99}, path)
+    elif content == "truncated":
+        trainer.save_checkpoint(path)
+        path.write_bytes(path.read_bytes()[:-2000])
+    before = weights(trainer).clone()
+    with pytest.raises(CheckpointError, match=f"file.pt: .*{message}|{message}"):
+        trainer.load_checkpoint(path)
+    assert torch.equal(weights(trainer), before)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    make().save_checkpoint(tmp_path / "a.pt")
+    other = nn.Linear(20, 2).double()
+    trainer = ACMDSTrainer(
+        other, data(), torch.optim.AdamW(other.parameters()), CurriculumConfig(target_headroom_gb=0.01), "cpu",
+        memory=BudgetedCpuMemory(GIB),
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        trainer.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer = make()
+    path = tmp_path / "a.pt"
+    trainer.save_checkpoint(path)
+    old = path.read_bytes()
+
+    def broken(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save_checkpoint(path)
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
