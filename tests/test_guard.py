@@ -279,7 +279,7 @@ def test_other_errors_are_not_taken_for_it(error):
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 23.2 GiB of which 0.50 GiB is free.", 1.5 * 2**30),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0: of which 0.50 GiB is free.", 1.5 * 2**30),
         ("Tried to allocate 4.00 MiB. The card has a budget of 6.00 MiB of which 5.00 MiB are allocated.", 3 * 2**20),
         ("CUDA out of memory. Tried to allocate 20.00 MiB", 20 * 2**20),
         ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", 0),

@@ -118,13 +118,13 @@ def test_a_run_with_errors_equals_a_run_without():
     operations = itertools.count(1)
 
     def strike(operation) -> None:
-        if next(operations) % 1009 == 0:
+        if next(operations) % 701 == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     for trainer in (clean, struck):
         trainer.train_epoch()  # the first step rehearses
     memory.on_operation = strike
-    for _ in range(24):
+    for _ in range(40):
         clean.train_epoch()
         struck.train_epoch()
     assert struck.recorder.figures["oom_events"] >= 5
