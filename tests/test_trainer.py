@@ -112,19 +112,19 @@ def test_the_micro_batch_does_not_change_what_is_learned(micro_batch):
 
 
 def test_a_run_with_errors_equals_a_run_without():
-    clean = make(min_batch_size=32)
+    clean = make(min_batch_size=8, max_batch_size=8)
     memory = BudgetedCpuMemory(GIB)
-    struck = make(memory, min_batch_size=32)
+    struck = make(memory, min_batch_size=8, max_batch_size=8)
     operations = itertools.count(1)
 
     def strike(operation) -> None:
-        if next(operations) % 701 == 0:
+        if next(operations) % 401 == 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     for trainer in (clean, struck):
         trainer.train_epoch()  # the first step rehearses
     memory.on_operation = strike
-    for _ in range(40):
+    for _ in range(4):
         clean.train_epoch()
         struck.train_epoch()
     assert struck.recorder.figures["oom_events"] >= 5
