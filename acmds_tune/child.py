@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator, Mapping
@@ -85,10 +86,12 @@ class TrialProcess:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED + PRELOADED_FOR_DATASET.get(task.settings.get("dataset", ""), []))
         self._receive, send = context.Pipe(duplex=False)
-        self._process = context.Process(target=_main, args=(task, send), name=f"trial-{task.number}")
+        lifeline, self._lifeline = context.Pipe(duplex=False)  # its other end closes when this process ends
+        self._process = context.Process(target=_main, args=(task, send, lifeline), name=f"trial-{task.number}")
         with _main_module_hidden():
             self._process.start()
         send.close()
+        lifeline.close()
 
     @property
     def pid(self) -> int:
@@ -171,6 +174,7 @@ class TrialProcess:
     def _finish(self, ended: Ended) -> None:
         self.kill()
         self._receive.close()
+        self._lifeline.close()
         if ended.status == "stopped" and self._stop_reason:
             ended = replace(ended, reason=self._stop_reason)
         self.ended = replace(ended, seconds=time.monotonic() - self._started)
@@ -198,10 +202,10 @@ def _main_module_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _main(task: Task, send: Connection) -> None:
+def _main(task: Task, send: Connection, lifeline: Connection) -> None:
     """What the trial's process does."""
-    _die_with_parent()
     os.setsid()  # a group of its own: Ctrl-C goes to the search only, and its workers can be ended with it
+    _die_with_parent(lifeline)
     stop_asked = False
 
     def ask_to_stop(*_: object) -> None:
@@ -238,8 +242,15 @@ def _main(task: Task, send: Connection) -> None:
     os._exit(0)  # nothing that the trial left running may delay the next one
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when the fork server ends, which ends with the process that started it."""
+def _die_with_parent(lifeline: Connection) -> None:
+    """End this process and its workers when the process that started it ends, or the fork server between them."""
+
+    def watch() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv_bytes()  # nothing is ever sent
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
     if sys.platform != "linux":
         return
     parent = os.getppid()

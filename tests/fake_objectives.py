@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,3 +92,17 @@ def mixed(settings: Mapping[str, Any], directory: Path, report: Callable, should
     """A different end for every trial: its folder's number says which."""
     ends = {1: raises, 2: out_of_memory, 3: exits, 4: hangs}
     return ends.get(int(directory.name), ok)(settings, directory, report, should_stop)
+
+
+def starts_a_worker(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    worker = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    (directory / "worker.pid").write_text(str(worker.pid), encoding="utf-8")
+    return hangs(settings, directory, report, should_stop)
+
+
+def prints(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    print("to stdout")
+    print("to stderr", file=sys.stderr)
+    return figures()
