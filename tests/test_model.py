@@ -17,7 +17,7 @@ RESNET50 = {1: 488.0, 4: 677.0, 16: 1635.0, 64: 5593.0, 256: 21469.0}
 
 def taught(points, base=0.0, times=3) -> PeakModel:
     model = PeakModel()
-    for step, (work, peak) in enumerate((point for point in points for _ in range(times))):
+    for step, (work, peak) in enumerate(point for point in points for _ in range(times)):
         model = model.observe(work, peak, base, step)
     return model
 

@@ -143,7 +143,7 @@ class Guard:
             sample_work: size of the largest sample relative to the usual one, as told to `controller.decide`.
 
         Raises:
-            OutOfMemoryForGoodError: it failed at micro-batch 1, or `max_oom_retries` times in a row.
+            OutOfMemoryForGoodError: it failed twice at micro-batch 1, or more than `max_oom_retries` times in a row.
         """
         undo = self._start()
         events: list[OutOfMemoryEvent] = []
@@ -201,8 +201,12 @@ class Guard:
 
     def _check_tries(self, events: list[OutOfMemoryEvent]) -> None:
         last = events[-1]
-        if last.micro_batch == 1 and not self._try_host_copy():
-            raise OutOfMemoryForGoodError(self._advice(last, "even one sample does not fit"), events)
+        if last.micro_batch == 1:
+            # one more try, since the cache has been released and neighbours come and go; and without the copy of the
+            # optimizer's state on the device, which may be what does not fit
+            self._copy_on_host = self.controller.device.type == "cuda"
+            if len(events) > 1 and events[-2].micro_batch == 1:
+                raise OutOfMemoryForGoodError(self._advice(last, "even one sample does not fit"), events)
         if last.attempt > self.controller.config.max_oom_retries:
             raise OutOfMemoryForGoodError(self._advice(last, f"{last.attempt} tries in a row failed"), events)
 
@@ -231,13 +235,6 @@ class Guard:
             peak_bytes=peak,
             message=message.splitlines()[0],
         )
-
-    def _try_host_copy(self) -> bool:
-        """At micro-batch 1 the device copy of the optimizer's state may be what does not fit: try once without it."""
-        if self._copy_on_host or self._is_atomic() or self.controller.device.type == "cpu":
-            return False
-        self._copy_on_host = True
-        return True
 
     def _advice(self, event: OutOfMemoryEvent, what: str) -> str:
         return (
