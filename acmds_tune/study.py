@@ -117,6 +117,14 @@ class SearchStudy:
             StudyBusyError: a search is writing to it.
         """
         lock = _lock(directory)
+        try:
+            return cls._resume(directory, space, lock)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    @classmethod
+    def _resume(cls, directory: Path, space: Space, lock: int) -> SearchStudy:
         mend_journal(directory / JOURNAL)
         about = read_about(directory)
         differences = space_differences(about["space"], space.model_dump(mode="json"))

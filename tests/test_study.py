@@ -1,0 +1,334 @@
+"""The study: what is proposed, what the sampler is told, and what is left after an interruption. Without Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from acmds_optimizer.errors import ConfigError
+from acmds_tune.objective import Ended, write_outcome
+from acmds_tune.space import Space, load
+from acmds_tune.study import BAD_END_VIOLATION, SearchStudy, StudyBusyError, default_values, mend_journal, read_about
+from tests.fake_objectives import figures
+
+TEXT = """
+seed: 3
+trials: 6
+fixed: {device: cpu, dataset: digits}
+search:
+  lr: {low: 0.0001, high: 0.1, log: true}
+  batch_policy: {values: [hold, free]}
+  lr_scaling: {values: [none, linear], when: {batch_policy: free}}
+"""
+
+OK = Ended("ok", "finished", figures(), 1.5)
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Callable[..., Space]:
+    def make(text: str = TEXT, **overrides: Any) -> Space:
+        path = tmp_path / "s.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load(path, overrides=overrides)
+
+    return make
+
+
+@pytest.fixture
+def create(tmp_path: Path, space: Callable[..., Space]) -> Callable[..., SearchStudy]:
+    def make(text: str = TEXT, *, name: str = "s") -> SearchStudy:
+        return SearchStudy.create(tmp_path / "results" / name, space(text), text, {})
+
+    return make
+
+
+def trials(study: SearchStudy) -> list[optuna.trial.FrozenTrial]:
+    """As they are read back from the journal."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(study.directory / "journal.log")))
+    return optuna.load_study(study_name=study.space.name, storage=storage).trials
+
+
+def resumed(study: SearchStudy, space: Space | None = None) -> SearchStudy:
+    """As after a kill of the process that held `study`."""
+    study.close()
+    return SearchStudy.resume(study.directory, space or study.space)
+
+
+def test_the_first_trial_has_the_default_settings(create: Callable[..., SearchStudy]) -> None:
+    proposal = create().propose()
+    assert proposal.values == {"lr": 1e-3, "batch_policy": "hold"}
+    assert proposal.settings["dataset"] == "digits"
+    assert proposal.settings["checkpoint_every"] == 0
+
+
+def test_defaults_are_moved_into_the_space(space: Callable[..., Space]) -> None:
+    text = (
+        "search:\n"
+        "  max_batch_size: {low: 100, high: 400, step: 100}\n"
+        "  min_batch_size: {low: 1, high: 7, step: 2}\n"
+        "  lr: {low: 0.1, high: 0.2}\n"
+        "  optimizer: {values: [sgd]}\n"
+        "  effective_batch_size: {low: 64, high: 128}\n"
+    )
+    assert default_values(space(text)) == {"max_batch_size": 100, "min_batch_size": 5, "lr": 0.1, "optimizer": "sgd"}
+
+
+def test_a_setting_whose_condition_is_not_met_is_not_proposed(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    seen = set()
+    for _ in range(12):
+        proposal = study.propose()
+        seen.add(("lr_scaling" in proposal.values, proposal.values["batch_policy"]))
+        study.finish(proposal.number, OK)
+    assert seen == {(False, "hold"), (True, "free")}
+
+
+def test_every_trial_has_a_seed_of_its_own(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    proposals = [study.propose() for _ in range(5)]
+    assert len({proposal.seed for proposal in proposals}) == 5
+    assert all(proposal.settings["seed"] == proposal.seed for proposal in proposals)
+
+
+def test_the_same_seed_and_the_same_ends_give_the_same_trials(create: Callable[..., SearchStudy]) -> None:
+    values = []
+    for name in ("a", "b"):
+        study = create(name=name)
+        values.append([])
+        for _ in range(12):
+            proposal = study.propose()
+            values[-1].append(proposal.values)
+            study.finish(proposal.number, Ended("ok", "finished", figures(proposal.values["lr"]), 1.0))
+    assert values[0] == values[1]
+
+
+def test_a_good_end_is_told_with_its_figures(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    assert study.finish(study.propose().number, OK) == "ok"
+    (trial,) = trials(study)
+    assert trial.state == TrialState.COMPLETE
+    assert trial.values == [figures()["samples_per_second"]]
+    assert trial.user_attrs["status"] == "ok"
+    assert trial.user_attrs["val_loss"] == 0.4
+    assert trial.user_attrs["seconds"] == 1.5
+    assert trial.user_attrs["constraints"] == [0, 0.0]
+    assert list(trial.constraints.values()) == [0.0, 0.0]
+
+
+def test_the_kept_settings_are_complete_and_without_the_budget_of_a_trial(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT + "budget: {steps: 5}\n")
+    proposal = study.propose()
+    assert proposal.settings["max_steps"] == 5
+    config = trials(study)[0].user_attrs["config"]
+    assert (config["max_steps"], config["checkpoint_every"]) == (None, 1)
+    assert (config["lr"], config["seed"], config["dataset"]) == (1e-3, proposal.seed, "digits")
+
+
+def test_a_good_end_that_broke_a_constraint_is_infeasible_and_says_which(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT + "constraints: [oom_events <= 0, val_accuracy >= 0.95]\n")
+    assert study.finish(study.propose().number, Ended("ok", "finished", figures(oom_events=3), 1.0)) == "infeasible"
+    (trial,) = trials(study)
+    assert trial.user_attrs["reason"] == "broke oom_events <= 0 (3), val_accuracy >= 0.95 (0.9)"
+    assert trial.user_attrs["constraints"] == [3, pytest.approx(0.05), 0.0]
+
+
+@pytest.mark.parametrize("status", ["oom", "crashed", "timeout", "error"])
+def test_a_bad_end_is_told_as_complete_with_its_last_values_and_a_broken_constraint(
+    create: Callable[..., SearchStudy], status: str
+) -> None:
+    study = create()
+    study.finish(study.propose().number, Ended(status, "why", {"samples_per_second": 7.0, "oom_events": 1}, 1.0))
+    (trial,) = trials(study)
+    assert (trial.state, trial.values) == (TrialState.COMPLETE, [7.0])
+    assert trial.constraints == {"0": 1.0, "1": BAD_END_VIOLATION}
+    assert (trial.user_attrs["status"], trial.user_attrs["reason"]) == (status, "why")
+    assert study.missing == 5
+
+
+def test_a_trial_without_any_figure_gets_the_worst_values_seen(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT + "objective: pareto\n")
+    for loss in (0.5, 0.9):
+        study.finish(study.propose().number, Ended("ok", "finished", figures() | {"val_loss": loss}, 1.0))
+    study.finish(study.propose().number, Ended("crashed", "died", {}, 1.0))
+    assert trials(study)[-1].values == [0.0, 0.9]
+
+
+def test_the_sampler_looks_away_from_where_trials_end_badly(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT.replace("trials: 6", "trials: 40"))
+    late = []
+    for count in range(40):
+        proposal = study.propose()
+        policy = proposal.values["batch_policy"]
+        # what dies had been the fastest until then
+        ended = Ended("crashed", "died", {"samples_per_second": 9e9}, 1.0) if policy == "free" else OK
+        study.finish(proposal.number, ended)
+        late += [policy] if count >= 20 else []
+    assert late.count("hold") >= 15
+
+
+def test_an_interrupted_trial_does_not_count_and_its_settings_come_again(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    first = study.propose()
+    study.finish(first.number, Ended("stopped", "interrupted", {}, 1.0), interrupted=True)
+    assert (study.told, study.missing) == (0, 6)
+    again = study.propose()
+    assert (again.number, again.values) == (1, first.values)
+    assert [trial.state for trial in trials(study)] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_settings_that_were_interrupted_twice_are_not_tried_a_third_time(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    for _ in range(2):
+        study.finish(study.propose().number, Ended("stopped", "interrupted", {}, 1.0), interrupted=True)
+    assert study.propose().values["lr"] != 1e-3
+
+
+def test_after_a_kill_a_running_trial_is_crashed_and_replaced(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    study.finish(study.propose().number, OK)
+    lost = study.propose()
+    again = resumed(study)
+    assert (again.told, again.missing) == (1, 5)
+    assert trials(study)[1].user_attrs["status"] == "crashed"
+    assert trials(study)[1].user_attrs["reason"] == "the search was ended while it ran"
+    assert again.propose().values == lost.values
+
+
+def test_after_a_kill_a_trial_that_had_written_its_outcome_is_not_lost(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    number = study.propose().number
+    write_outcome(study.trial_directory(number), number, 5, OK)
+    assert resumed(study).told == 1
+    assert trials(study)[0].user_attrs["status"] == "ok"
+
+
+def test_a_resumed_search_does_not_repeat_its_points(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT.replace("trials: 6", "trials: 20"))
+    values = []
+    for _ in range(4):
+        for _ in range(3):
+            proposal = study.propose()
+            values.append(proposal.values["lr"])
+            study.finish(proposal.number, OK)
+        study = resumed(study)
+    assert len(set(values)) == len(values)
+
+
+def test_a_half_written_last_line_of_the_journal_is_cut_off(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    study.finish(study.propose().number, OK)
+    journal = study.directory / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":8,"worker_id"')
+    assert resumed(study).told == 1
+    assert journal.read_bytes().startswith(whole)
+
+
+@pytest.mark.parametrize("cut", [1, 10, 60, 300])
+def test_a_journal_cut_anywhere_can_be_resumed(create: Callable[..., SearchStudy], cut: int) -> None:
+    study = create()
+    for _ in range(2):
+        study.finish(study.propose().number, OK)
+    journal = study.directory / "journal.log"
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    again = resumed(study)
+    while again.missing:
+        again.finish(again.propose().number, OK)
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials(study)) == 6
+
+
+def test_a_lock_that_a_killed_search_left_is_removed(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.log"
+    journal.write_text("{}\n", encoding="utf-8")
+    (tmp_path / "journal.log.lock").symlink_to(journal)
+    mend_journal(journal)
+    assert not (tmp_path / "journal.log.lock").is_symlink()
+
+
+def test_a_study_that_another_search_writes_to_is_refused(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    with pytest.raises(StudyBusyError, match="another search is running"):
+        SearchStudy.resume(study.directory, study.space)
+
+
+def test_a_changed_file_is_refused_with_the_difference(
+    create: Callable[..., SearchStudy], space: Callable[..., Space]
+) -> None:
+    study = create()
+    changed = space(TEXT.replace("high: 0.1", "high: 0.2").replace("digits", "cifar10") + "pruner: median\n")
+    with pytest.raises(ConfigError) as caught:
+        resumed(study, changed)
+    assert caught.value.problems[:3] == [
+        "fixed.dataset: digits in the study, cifar10 now",
+        "pruner: none in the study, median now",
+        "search.lr.high: 0.1 in the study, 0.2 now",
+    ]
+    SearchStudy.resume(study.directory, study.space)  # the refusal let go of the study
+
+
+def test_more_trials_and_other_limits_are_not_a_change(
+    create: Callable[..., SearchStudy], space: Callable[..., Space]
+) -> None:
+    study = create()
+    text = TEXT + "timeouts: {silence: 9}\nbudget: {minutes: 5}\n"
+    assert resumed(study, space(text, trials=8)).missing == 8
+    assert read_about(study.directory)["space"]["trials"] == 8
+
+
+def test_a_folder_without_a_study_cannot_be_resumed(tmp_path: Path, space: Callable[..., Space]) -> None:
+    with pytest.raises(ConfigError, match=r"it has no journal\.log"):
+        SearchStudy.resume(tmp_path, space())
+
+
+PRUNED = TEXT.replace("trials: 6", "trials: 20") + "objective: val_loss\npruner: median\n"
+
+
+def test_a_trial_behind_the_median_of_the_others_is_pruned(create: Callable[..., SearchStudy]) -> None:
+    study = create(PRUNED)
+
+    def run(loss: float) -> int | None:
+        """The percent at which it is pruned."""
+        number = study.propose().number
+        for step in range(0, 101, 5):
+            if study.should_prune(number, {"step": step, "total_steps": 100, "val_loss": loss}):
+                study.finish(number, Ended("stopped", "pruned", {"val_loss": loss}, 1.0))
+                return step
+        study.finish(number, Ended("ok", "finished", figures() | {"val_loss": loss}, 1.0))
+        return None
+
+    assert [run(loss) for loss in (0.5, 0.6, 0.4, 0.5)] == [None] * 4
+    assert run(9.0) == 30
+    pruned = trials(study)[-1]
+    assert (pruned.state, pruned.values) == (TrialState.COMPLETE, [9.0])
+    assert pruned.user_attrs["status"] == "stopped"
+    assert list(pruned.constraints.values())[-1] == pytest.approx(0.7)
+    assert run(0.3) is None
+
+
+def test_without_a_measured_value_nothing_is_pruned(create: Callable[..., SearchStudy]) -> None:
+    study = create(PRUNED)
+    number = study.propose().number
+    for value in (None, math.nan):
+        assert not study.should_prune(number, {"step": 50, "total_steps": 100, "val_loss": value})
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_every_sampler_proposes_within_the_space(create: Callable[..., SearchStudy], sampler: str) -> None:
+    study = create(TEXT.replace("trials: 6", "trials: 12") + f"sampler: {sampler}\n")
+    for number in range(12):
+        proposal = study.propose()
+        assert 0.0001 <= proposal.values["lr"] <= 0.1
+        ended = (
+            Ended("oom", "why", {}, 1.0) if number % 3 == 1 else Ended("ok", "", figures(proposal.values["lr"]), 1.0)
+        )
+        study.finish(proposal.number, ended)
+    assert study.missing == 0
