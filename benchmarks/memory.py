@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (repository, os.environ.get("PYTHONPATH"))))
     bench = Bench(setting, options.deadline)
     rows: list[dict[str, Any]] = []
-    timelines: dict[str, list[Any]] = {}
+    timelines: dict[str, tuple[str, list[Any]]] = {}
     facts = bench.probe(options.scenarios, options.systems)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts |= {"command": " ".join(["python -m benchmarks.memory", *(argv or sys.argv[1:])]), "columns": COLUMNS}
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     writer.writerow({name: _plain(row.get(name)) for name in COLUMNS})
                     file.flush()
                     if scenario == "neighbour" and timeline:
-                        timelines.setdefault(system, timeline)
+                        timelines.setdefault(system, (row["status"], timeline))
     print(f"{len(rows)} rows in {options.out} after {time.monotonic() - bench.began:.0f} s", file=sys.stderr)
     if options.plot:
         from benchmarks.memory_plot import draw

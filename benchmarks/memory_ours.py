@@ -31,7 +31,7 @@ class Variant:
     """Whether growth stops where it buys little speed; else memory alone decides."""
 
 
-def config_of(plant: Plant, variant: Variant) -> CurriculumConfig:
+def config_of(plant: Plant, variant: Variant, *, knee: bool) -> CurriculumConfig:
     setting = plant.setting
     return CurriculumConfig(
         target_headroom_gb=setting.headroom_gb,
@@ -41,7 +41,7 @@ def config_of(plant: Plant, variant: Variant) -> CurriculumConfig:
         enable_amp=plant.amp_dtype is not None,
         amp_dtype="fp16" if setting.amp == "fp16" else "auto",
         seed=setting.seed,
-        **({} if variant.knee else {"knee_gain_fraction": 0.0}),
+        **({} if knee else {"knee_gain_fraction": 0.0}),
     )
 
 
@@ -106,7 +106,7 @@ def with_trainer(plant: Plant, meter: Meter, variant: Variant) -> None:
     """ACMDSTrainer as a user has it, but for its data, which are on the device already."""
     optimizer = plant.build_optimizer()
     trainer = ACMDSTrainer(
-        plant.model, _Names(plant), optimizer, config_of(plant, variant),
+        plant.model, _Names(plant), optimizer, config_of(plant, variant, knee=variant.knee),
         memory=plant.memory, recorder=_MeteredRecorder(plant, meter),
     )  # fmt: skip
     with trainer:
@@ -119,9 +119,12 @@ def with_trainer(plant: Plant, meter: Meter, variant: Variant) -> None:
 
 
 def with_controller(plant: Plant, meter: Meter, variant: Variant) -> None:
-    """Guard and controller in a plain loop, which tells them how large the coming images are."""
+    """Guard and controller in a plain loop, which tells them how large the coming images are.
+
+    Memory alone decides: the model of time knows sizes of micro-batches, not of images.
+    """
     optimizer = plant.build_optimizer()
-    controller = MemoryPressureController(config=config_of(plant, variant), memory=plant.memory)
+    controller = MemoryPressureController(config=config_of(plant, variant, knee=False), memory=plant.memory)
     guard = Guard(plant.model, optimizer, controller, plant.scaler)
     meter.start()
     while meter.going():

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acmds_optimizer.config import CurriculumConfig
+from acmds_optimizer.engine.prepare import allow_tf32
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading, open_memory
 from acmds_optimizer.memory.guard import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
@@ -34,6 +36,8 @@ class Plant:
         self.device = self.memory.device
         self.cuda = self.device.type == "cuda"
         torch.manual_seed(setting.seed)
+        if self.cuda:
+            allow_tf32(CurriculumConfig())  # as our trainer does
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[setting.amp]
         model = build_model(setting.model, setting.classes, image_size=setting.image_size).to(self.device)
         self.model: nn.Module = model.to(memory_format=torch.channels_last) if self.cuda else model
@@ -97,9 +101,12 @@ class Neighbour:
         self._held = held
 
     def settle(self) -> None:
-        """Make a larger card look like one of the cap's size."""
+        """Make a larger card look like one of the cap's size, once the kernels of a small step are loaded."""
         if self._connection is not None:
             setting = self._plant.setting
+            self._plant.loss(*self._plant.take(8, setting.image_size)).backward()
+            self._plant.model.zero_grad(set_to_none=True)
+            self._plant.memory.release_cache()
             reserved = self._plant.memory.read().reserved_bytes
             self._connection.send(("leave", setting.left_bytes - reserved))
             self._connection.recv()
