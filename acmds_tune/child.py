@@ -34,10 +34,10 @@ from acmds_tune.objective import (
 
 logger = logging.getLogger(__name__)
 
-PRELOADED = ["torch", "acmds_optimizer.engine.run", "acmds_tune.child"]
-"""Imported once in the fork server, not again in every trial."""
+TRAINER_MODULES = ["torch", "acmds_optimizer.engine.run"]
+"""Imported once in the fork server, not again in every trial that trains."""
 
-PRELOADED_FOR_DATASET = {"digits": ["sklearn.datasets"]}
+DATASET_MODULES = {"digits": ["sklearn.datasets"]}
 """More of that, for the data sets that need it: 1.6 s a trial."""
 
 STOP_GRACE_S = 20.0
@@ -84,7 +84,7 @@ class TrialProcess:
         # Ray sets 1; torch reads it when the fork server imports it
         os.environ["OMP_NUM_THREADS"] = str(_threads(task.sharers))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED + PRELOADED_FOR_DATASET.get(task.settings.get("dataset", ""), []))
+        context.set_forkserver_preload(_preloaded(task))
         self._receive, send = context.Pipe(duplex=False)
         lifeline, self._lifeline = context.Pipe(duplex=False)  # its other end closes when this process ends
         self._process = context.Process(target=_main, args=(task, send, lifeline), name=f"trial-{task.number}")
@@ -179,6 +179,13 @@ class TrialProcess:
             ended = replace(ended, reason=self._stop_reason)
         self.ended = replace(ended, seconds=time.monotonic() - self._started)
         write_outcome(Path(self.task.directory), self.task.number, self.task.seed, self.ended)
+
+
+def _preloaded(task: Task) -> list[str]:
+    own = ["acmds_tune.child"]
+    if task.objective != DEFAULT_OBJECTIVE:  # whatever it imports might not bear to be forked
+        return own
+    return [*own, *TRAINER_MODULES, *DATASET_MODULES.get(task.settings.get("dataset", ""), [])]
 
 
 def _threads(sharers: int) -> int:

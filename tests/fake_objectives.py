@@ -106,3 +106,39 @@ def prints(settings: Mapping[str, Any], directory: Path, report: Callable, shoul
     print("to stdout")
     print("to stderr", file=sys.stderr)
     return figures()
+
+
+def interrupts(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    """Presses Ctrl-C in the search (whose pid the test has written down) once it runs as the second trial."""
+    if directory.name == "0001":
+        os.kill(int((directory.parents[3] / "driver.pid").read_text(encoding="utf-8")), signal.SIGINT)
+        return goes_on(settings, directory, report, should_stop)
+    return ok(settings, directory, report, should_stop)
+
+
+def kills_its_actor(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    """As the second trial, kills the Ray actor that watches it: the parent of the fork server, its own parent."""
+    if directory.name == "0001":
+        report(progress(1))
+        status = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="utf-8")
+        os.kill(int(status.rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
+        return hangs(settings, directory, report, should_stop)
+    return ok(settings, directory, report, should_stop)
+
+
+def ever_worse(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    """Each trial has a higher loss than the one before; from the sixth on it waits to be pruned."""
+    loss = 1.0 + int(directory.name)
+    for step in range(1, 11):
+        report(progress(step) | {"val_loss": loss})
+    while loss > 6 and not should_stop():
+        time.sleep(0.01)
+    return figures() | {"val_loss": loss, "stopped_early": loss > 6}
+
+
+def waits_as_the_third(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    return (goes_on if directory.name == "0002" else ok)(settings, directory, report, should_stop)

@@ -22,11 +22,6 @@ SOON_S = 20.0
 """A limit for what takes a fraction of a second, on a machine that is busy with other things."""
 
 
-@pytest.fixture(autouse=True)
-def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "PRELOADED", ["acmds_tune.child"])
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., TrialProcess]]:
     started: list[TrialProcess] = []
@@ -157,7 +152,6 @@ def test_what_a_trial_prints_goes_to_its_log_and_nowhere_else(
 def test_a_trial_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
         "from acmds_tune import child\n"
-        "child.PRELOADED = ['acmds_tune.child']\n"
         f"task = child.Task(0, 0, {{}}, {str(tmp_path)!r}, 'tests.fake_objectives:hangs')\n"
         "trial = child.TrialProcess(task)\n"
         "while trial.poll(1.0) is None: pass\n"

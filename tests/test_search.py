@@ -1,0 +1,175 @@
+"""Searches through the real Ray and the real Optuna, with objectives that do not train."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from acmds_optimizer.errors import ConfigError
+from acmds_tune.driver import INTERRUPTED, OUT_OF_TIME
+from acmds_tune.search import ResourceError, SearchResult, quiet_ray, run_search
+from acmds_tune.space import Space, load
+from tests.test_child import is_alive, wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = """
+seed: 3
+trials: 6
+fixed: {device: cpu, dataset: digits}
+search:
+  lr: {low: 0.0001, high: 0.1, log: true}
+  batch_policy: {values: [hold, free]}
+timeouts: {silence: 1}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session() -> Iterator[None]:
+    with quiet_ray(Space()):
+        yield
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Callable[..., SearchResult]:
+    (tmp_path / "driver.pid").write_text(str(os.getpid()), encoding="utf-8")
+
+    def run(objective: str, text: str = TEXT, **options: Any) -> SearchResult:
+        path = tmp_path / "s.yaml"
+        path.write_text(text, encoding="utf-8")
+        space = load(path, overrides=options.pop("overrides", None))
+        directory = tmp_path / "results" / "s"
+        return run_search(space, directory, text, objective=f"tests.fake_objectives:{objective}", **options)
+
+    return run
+
+
+def table(result: SearchResult) -> pd.DataFrame:
+    return pd.read_csv(result.directory / "trials.csv").set_index("trial")
+
+
+def test_every_end_of_a_trial_is_a_row_and_the_search_goes_on(
+    search: Callable[..., SearchResult], capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = search("mixed")
+    rows = table(result)
+    assert list(rows.status) == ["ok", "error", "oom", "crashed", "timeout", "ok"]
+    assert list(rows.feasible) == [True, False, False, False, False, True]
+    assert rows.reason[1] == "ValueError: the data are broken"
+    assert list(rows.steps) == [10, 2, 3, 4, 5, 10]
+    assert rows.seed.nunique() == 6
+    assert (result.ending, result.missing) == ("", 0)
+    assert result.best is not None
+    assert result.best.number in (0, 5)
+    for name in ("study.yaml", "environment.json", "journal.log", "events.csv", "best.json", "report.html"):
+        assert (result.directory / name).is_file(), name
+    outcome = json.loads((result.directory / "trials" / "0002" / "outcome.json").read_text(encoding="utf-8"))
+    assert (outcome["trial"], outcome["status"], outcome["figures"]["oom_events"]) == (2, "oom", 1)
+    output, messages = capfd.readouterr()
+    assert output == ""
+    assert [line.split()[0] for line in messages.splitlines()] == ["trial"] * 6
+
+
+def test_a_study_is_never_written_over(search: Callable[..., SearchResult]) -> None:
+    before = (search("ok", TEXT.replace("trials: 6", "trials: 1")).directory / "journal.log").read_bytes()
+    with pytest.raises(ConfigError, match="add --resume to go on with it, or give another one with --name") as caught:
+        search("ok")
+    assert caught.value.exit_code == 2
+    assert (Path(caught.value.source) / "journal.log").read_bytes() == before
+
+
+def test_ctrl_c_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
+    search: Callable[..., SearchResult],
+) -> None:
+    result = search("interrupts")
+    rows = table(result)
+    assert (result.ending, result.interrupted, result.missing) == (INTERRUPTED, True, 5)
+    assert list(rows.status) == ["ok", "stopped"]
+    assert rows.reason[1] == INTERRUPTED
+    assert (result.directory / "report.html").is_file()
+    resumed = search("ok", resume=True)
+    rows = table(resumed)
+    assert (resumed.ending, resumed.missing) == ("", 0)
+    assert list(rows.status) == ["ok", "stopped", "ok", "ok", "ok", "ok", "ok"]
+    assert rows["config/lr"][2] == rows["config/lr"][1]
+    assert rows["config/lr"].nunique() == 6
+
+
+def test_a_trial_whose_watcher_dies_is_crashed_and_the_search_goes_on(search: Callable[..., SearchResult]) -> None:
+    rows = table(search("kills_its_actor", TEXT.replace("trials: 6", "trials: 3")))
+    assert list(rows.status) == ["ok", "crashed", "ok"]
+    assert rows.reason[1] == "the process that watched over it died"
+    assert rows.seconds[1] > 0
+
+
+def test_a_search_stops_when_its_minutes_are_over(search: Callable[..., SearchResult]) -> None:
+    result = search("goes_on", TEXT + "budget: {minutes: 0.08}\n")
+    assert (result.ending, result.missing) == (OUT_OF_TIME, 6)
+    rows = table(result)
+    assert list(rows.status) == ["stopped"]
+    assert rows.reason[0] == OUT_OF_TIME
+
+
+def test_a_trial_behind_the_others_is_pruned_with_what_it_measured(search: Callable[..., SearchResult]) -> None:
+    rows = table(search("ever_worse", TEXT.replace("trials: 6", "trials: 7") + "objective: val_loss\npruner: median\n"))
+    assert list(rows.status) == ["ok"] * 6 + ["stopped"]
+    assert "pruned" in rows.reason[6]
+    assert rows.val_loss[6] == 7.0
+
+
+def test_a_gpu_that_is_not_there_is_an_error_at_once_and_leaves_no_study(search: Callable[..., SearchResult]) -> None:
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match="Ray sees none here"):
+        search("ok", TEXT.replace("device: cpu", "device: cuda").replace("trials: 6", "trials: 1"))
+    assert time.monotonic() - began < 10
+
+
+def test_after_kill_9_of_the_search_nothing_runs_and_it_can_be_resumed(
+    search: Callable[..., SearchResult], tmp_path: Path
+) -> None:
+    (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
+    directory = tmp_path / "results" / "s"
+    code = (
+        "import pathlib\n"
+        "from acmds_tune.search import run_search\n"
+        "from acmds_tune.space import load\n"
+        f"path = pathlib.Path({str(tmp_path / 's.yaml')!r})\n"
+        f"run_search(load(path), pathlib.Path({str(directory)!r}), path.read_text(),\n"
+        "           objective='tests.fake_objectives:waits_as_the_third')\n"
+    )
+    running = directory / "trials" / "0002" / "log.txt"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not running.exists():
+            assert time.monotonic() < deadline
+            assert driver.poll() is None
+            time.sleep(0.05)
+        trial = next(int(path.name) for path in Path("/proc").glob("[0-9]*") if _logs_to(path, running))
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        wait_until(lambda: not is_alive(trial))
+    finally:
+        driver.kill()
+        driver.wait()
+    rows = table(search("ok", resume=True))
+    assert list(rows.status) == ["ok", "ok", "crashed", "ok", "ok", "ok", "ok"]
+    assert rows.reason[2] == "the search was ended while it ran"
+
+
+def _logs_to(process: Path, path: Path) -> bool:
+    try:
+        return (process / "fd" / "1").readlink() == path
+    except OSError:
+        return False
