@@ -43,7 +43,7 @@ class Plant:
     slope_factor: Callable[[int], float] = steady
     epoch_samples: int = 0
     """Samples an epoch, the last batch of which is what is left; 0: no end."""
-    seconds: Callable[[float], float] = lambda work: 0.001 * work
+    seconds: Callable[[float], float] = lambda work: 0.02 + 0.001 * work
 
     def peak(self, work: float, step: int, rng: random.Random | None = None) -> float:
         """Bytes that a step with this much work reaches."""
@@ -242,9 +242,9 @@ def changes(rows: Sequence[Row]) -> int:
     return sum(a.decided != b.decided for a, b in pairwise(rows))
 
 
-def samples_per_second(rows: Sequence[Row]) -> float:
-    """Samples a simulated second, failed attempts included."""
-    return sum(row.batch for row in rows) / sum(row.seconds for row in rows)
+def work_per_second(rows: Sequence[Row]) -> float:
+    """Work a simulated second, failed attempts included."""
+    return sum(row.work for row in rows) / sum(row.seconds for row in rows)
 
 
 def largest_fitting(plant: Plant, sizes: Sequence[int], steps: int, headroom_gb: float = 3.0, every: int = 1) -> int:
@@ -311,7 +311,7 @@ def scaled(plant: Plant, card_gb: float) -> Plant:
     neighbour = plant.neighbour_gb
     return replace(
         plant,
-        name=f"{plant.name}, {card_gb:g} GB",
+        name=f"{plant.name} {card_gb:g} GB",
         card_gb=card_gb,
         base_gb=plant.base_gb * factor,
         intercept_gb=plant.intercept_gb * factor,
@@ -335,7 +335,7 @@ def standard(length: int) -> list[Plant]:
         replace(static, name="growing samples", sample_work=growing(length, 4.0)),
         replace(static, name="heavy-tailed samples", sample_work=heavy_tailed(), noise=0.005),
         replace(static, name="neighbour 8 GB", neighbour_gb=steps_of_neighbour(8.0, third, 2 * third)),
-        replace(static, name="neighbour 8 GB, mid-step", neighbour_gb=comes_and_goes(8.0, 250), seen_neighbour=False),
+        replace(static, name="neighbour 8 GB mid-step", neighbour_gb=comes_and_goes(8.0, 250), seen_neighbour=False),
         replace(static, name="slope +40 % mid-run", slope_factor=lambda step: 1.4 if step >= third else 1.0),
         replace(static, name="slope -40 % mid-run", slope_factor=lambda step: 0.6 if step >= third else 1.0),
         scaled(static, 6.0),

@@ -7,9 +7,9 @@ import math
 import random
 
 import pytest
-from plants import resnet50_seconds
 
 from acmds_optimizer.memory.model import PeakModel, TimeModel
+from tests.plants import resnet50_seconds
 
 # ResNet-50 at 224 px with AdamW, MiB by batch size (shared measurements; docs/memory.md)
 RESNET50 = {1: 488.0, 4: 677.0, 16: 1635.0, 64: 5593.0, 256: 21469.0}
