@@ -1,0 +1,175 @@
+"""The command acmds-tune: exit codes, messages, and what goes to stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from acmds_optimizer.config import TrainConfig
+from acmds_optimizer.config import load as load_config
+from acmds_tune import doctor
+from acmds_tune.cli import main
+from acmds_tune.doctor import Finding
+from acmds_tune.objective import Ended
+from acmds_tune.space import Space, load
+from acmds_tune.study import SearchStudy
+from tests.fake_objectives import figures
+
+TEXT = """
+trials: 2
+fixed: {device: cpu, dataset: digits, model: small_cnn}
+search:
+  lr: {low: 0.0001, high: 0.1, log: true}
+"""
+
+
+@pytest.fixture
+def space_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def study(tmp_path: Path, space_file: Path) -> Path:
+    """A study of two trials, the second infeasible, without the files that a report makes."""
+    directory = tmp_path / "results" / "mine"
+    search = SearchStudy.create(directory, load(space_file), TEXT, {})
+    for oom_events in (0, 2):
+        search.finish(search.propose().number, Ended("ok", "finished", figures(oom_events=oom_events), 1.0))
+    search.close()
+    return directory
+
+
+def test_a_file_with_problems_is_wrong_usage_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("trails: 3\n", encoding="utf-8")
+    assert main(["search", str(path)]) == 2
+    output, messages = capsys.readouterr()
+    assert output == ""
+    assert messages == (f"acmds-tune: {path}: 1 problem\n  line 1: trails: unknown key (did you mean 'trials'?)\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "{file}", "--set", "lr"], "--set lr: write KEY=VALUE"),
+        (["search", "{file}", "--set", "modle=x"], "--set modle: the trainer has no such setting"),
+        (["search", "{file}", "--trials", "0"], "trials: 0: input should be greater than or equal to 1"),
+        (["search", "none.yaml"], "cannot be read"),
+        (["resume", "nowhere"], "is not the folder of a study"),
+        (["report", "nowhere"], "is not the folder of a study"),
+        (["best", "nowhere"], "has no best.json"),
+    ],
+)
+def test_wrong_usage_is_explained_and_has_exit_code_2(
+    space_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([text.replace("{file}", str(space_file)) for text in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_existing_study_is_refused_before_anything_starts(
+    study: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", str(space_file), "--results-dir", str(study.parent)]) == 2
+    assert "add --resume to go on with it, or give another one with --name" in capsys.readouterr().err
+
+
+def test_report_makes_every_file_again_and_prints_the_page(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(study)]) == 0
+    assert capsys.readouterr().out == f"{study / 'report.html'}\n"
+    for name in ("trials.csv", "events.csv", "best.json", "report.html"):
+        assert (study / name).is_file()
+
+
+def test_best_prints_the_path_and_the_searched_settings_to_stdout(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["report", str(study)])
+    capsys.readouterr()
+    assert main(["best", str(study)]) == 0
+    assert capsys.readouterr().out == f"{study / 'best.json'}\ntrial: 0\nlr: 0.001\n"
+
+
+def test_doctor_fails_where_a_check_fails_and_only_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def checks(level: str) -> None:
+        for name in ("packages", "cuda", "cpu_training", "gpu_training", "journal", "ray"):
+            monkeypatch.setattr(doctor, f"check_{name}", lambda: iter([Finding("ok", "fine")]))
+        monkeypatch.setattr(doctor, "check_cuda", lambda: iter([Finding(level, "no CUDA")]))
+
+    checks("warn")
+    assert main(["doctor"]) == 0
+    assert "warn  cuda: no CUDA\n" in capsys.readouterr().out
+    checks("fail")
+    assert main(["doctor"]) == 1
+
+
+def test_a_check_that_breaks_is_a_failure_and_the_others_are_still_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[Finding]:
+        raise OSError("disk\nfull")
+
+    for name in ("packages", "cuda", "cpu_training", "gpu_training", "ray"):
+        monkeypatch.setattr(doctor, f"check_{name}", lambda: iter([]))
+    monkeypatch.setattr(doctor, "check_packages", broken)
+    assert main(["doctor"]) == 1
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == "fail  installed: OSError: disk full"
+    assert output[1].startswith("ok    optuna journal: a trial written and read back")
+
+
+def test_the_doctor_meets_an_out_of_memory_error_on_the_cpu_card_and_gets_over_it() -> None:
+    (finding,) = doctor.check_cpu_training()
+    assert finding.level == "ok"
+    assert "0 out-of-memory events" not in finding.text
+
+
+def test_the_doctor_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (finding,) = doctor.check_cuda()
+    assert finding.level == "warn"
+    assert "is a build without it; install a CUDA build of PyTorch" in finding.text
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (finding,) = doctor.check_cuda()
+    assert "CUDA_VISIBLE_DEVICES='' hides every GPU" in finding.text
+
+
+def test_a_search_trains_and_its_best_settings_are_read_by_the_trainer(
+    tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from acmds_tune.search import quiet_ray
+
+    with quiet_ray(Space()):  # once for both searches
+        _search_train_and_resume(tmp_path / "results", space_file, capsys)
+
+
+def _search_train_and_resume(results: Path, space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["search", str(space_file), "--results-dir", str(results), "--name", "real"]
+    limits = ["--set", "max_steps=4", "--set", "memory_limit_gb=0.02", "--set", "target_headroom_gb=0.002"]
+    assert main([*arguments, *limits]) == 0
+    output, messages = capsys.readouterr()
+    assert output == f"{results / 'real' / 'best.json'}\n"
+    assert f"train with it: acmds-train --config {results / 'real' / 'best.json'}" in messages
+    best = load_config(results / "real" / "best.json")
+    content = json.loads((results / "real" / "best.json").read_text(encoding="utf-8"))
+    trial = results / "real" / "trials" / f"{content['acmds_study']['trial']:04d}"
+    ran = load_config(trial / "config.json")
+    assert isinstance(best, TrainConfig)
+    assert (best.lr, best.seed, best.max_steps, best.memory_limit_gb) == (ran.lr, ran.seed, 4, 0.02)
+    assert (ran.checkpoint_every, best.checkpoint_every) == (0, 1)
+    assert (trial / "steps.csv").read_text(encoding="utf-8").count("\n") == 5
+    assert main(["resume", str(results / "real"), "--trials", "3"]) == 0
+    assert (results / "real" / "trials" / "0002" / "outcome.json").is_file()
