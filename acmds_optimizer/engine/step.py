@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.memory.guard import Guard
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -33,6 +34,7 @@ class TrainStep:
         loss_fn: (logits (B, C) float32, targets (B,)) -> losses (B,), unreduced.
         amp_dtype: autocast dtype; None: float32.
         channels_last: whether 4-d inputs are converted to NHWC.
+        cuda_graphs: whether forward and backward are replayed as graphs.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class TrainStep:
         loss_fn: LossFunction,
         amp_dtype: torch.dtype | None = None,
         channels_last: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.model = model
         self.guard = guard
@@ -49,6 +52,7 @@ class TrainStep:
         self.amp_dtype = amp_dtype
         self.channels_last = channels_last
         self.device_type = guard.controller.device.type
+        self.graphs = GraphedMicroBatches(self) if cuda_graphs else None
 
     def __call__(self, batch: Batch, micro_batch: int) -> Tensor:
         """Run the step; losses (n,) float32 of its samples, detached, in their order.
@@ -57,6 +61,8 @@ class TrainStep:
         """
         losses = []
         start = 0
+        if self.graphs is not None:
+            self.graphs.begin_step()
         for size in parts(len(batch), micro_batch):
             losses.append(self.micro(batch.slice(start, start + size), len(batch)))
             start += size
@@ -64,24 +70,33 @@ class TrainStep:
         self.guard.optimizer_step()  # last: what allocates after it could fail when the step can no longer be undone
         return result
 
+    def rehearse(self, batch: Batch, micro_batch: int) -> Tensor:
+        """Forward and backward of the first micro-batch alone, without the optimizer; its losses, detached."""
+        if self.graphs is not None:
+            self.graphs.begin_step()
+        return self.micro(batch.slice(0, micro_batch), micro_batch)
+
     def micro(self, part: Batch, total: int) -> Tensor:
         """Forward and backward of one micro-batch out of `total` samples; its losses (B,), detached."""
-        losses = self.losses(part.inputs, part.targets)
-        weighted = (losses * part.weights).sum() / total
+        run = self.graphs or (lambda part, shares: self.backward(part.inputs, part.targets, shares))
+        return run(part, part.weights / total)
+
+    def backward(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Add the gradient of sum(shares * loss), shares (B,); unreduced losses (B,), detached."""
+        losses = self.loss_fn(self.logits(inputs), targets)
+        weighted = (losses * shares).sum()
         if self.guard.scaler is not None:
             weighted = self.guard.scaler.scale(weighted)
         weighted.backward()
         return losses.detach()
 
-    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Unreduced losses (B,) float32 of inputs (B, ...) and targets (B,)."""
-        return self.loss_fn(self.logits(inputs), targets)
-
     def logits(self, inputs: Tensor) -> Tensor:
         """The model's outputs (B, C), in float32 where the model computed in half precision."""
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device_type, self.amp_dtype) if self.amp_dtype else nullcontext():
+        # a cached cast of a weight would be made in one graph and read in another
+        cache = self.graphs is None
+        with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
             outputs: Tensor = self.model(inputs)
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 

@@ -127,8 +127,9 @@ class ACMDSTrainer:
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
-            self.model, self.guard, loss_fn or nn.CrossEntropyLoss(reduction="none"), dtype, channels_last
-        )
+            self.model, self.guard, loss_fn or nn.CrossEntropyLoss(reduction="none"), dtype, channels_last,
+            cuda_graphs=self._wants_graphs(),
+        )  # fmt: skip
         track_on_cpu(self.controller, list(model.parameters()), list(model.buffers()))
         track_on_cpu(self.controller, [list(state.values()) for state in optimizer.state.values()])
 
@@ -233,9 +234,7 @@ class ACMDSTrainer:
             last = size
             for repeat in range(repeats):
                 self._clock.start()
-                event = self.guard.rehearse(
-                    lambda micro: self.train_step.micro(batch.slice(0, micro), micro), size, failed
-                )
+                event = self.guard.rehearse(lambda micro: self.train_step.rehearse(batch, micro), size, failed)
                 if event is not None:
                     failed += 1
                     self.recorder.figures["oom_events"] += 1
@@ -258,9 +257,18 @@ class ACMDSTrainer:
         batch = stream.take(self.config.step_samples if hold else decision.batch)
         track_on_cpu(self.controller, batch.inputs, batch.targets)
         lr = self._set_lr(len(batch))
+        if decision.reason in ("shrink", "budget", "below_min"):
+            self._drop_graphs_above(decision.batch)
         self._clock.start()
+        first = min(decision.batch, len(batch))
+
+        def attempt(micro_batch: int) -> torch.Tensor:
+            if micro_batch < first:
+                self._drop_graphs_above(micro_batch)
+            return self.train_step(batch, micro_batch)
+
         try:
-            result = self.guard.run(lambda micro: self.train_step(batch, micro), min(decision.batch, len(batch)))
+            result = self.guard.run(attempt, first)
         except OutOfMemoryForGoodError as error:
             for event in error.events:
                 self.recorder.out_of_memory(event, self._where(), recovered=False)
@@ -271,6 +279,24 @@ class ACMDSTrainer:
         self.sampler.position += len(batch)
         self._observe(decision, batch, result, sizes, before.budget_bytes, before.alloc_retries, lr, began)
         self.step += 1
+
+    def _wants_graphs(self) -> bool:
+        if not self.config.enable_cuda_graphs:
+            return False
+        if self.device.type != "cuda":
+            logger.warning("CUDA graphs: there are none on %s; training without", self.device)
+            return False
+        if self.config.gradient_checkpointing:
+            logger.warning("CUDA graphs: recomputed activations cannot be captured; training without")
+            return False
+        return True
+
+    def _drop_graphs_above(self, micro_batch: int) -> None:
+        """A pool of graphs is as large as its largest; where memory is what makes the size fall, it has to go."""
+        graphs = self.train_step.graphs
+        if graphs is not None and graphs.largest > micro_batch:
+            graphs.release()
+            self.controller.memory.release_cache()
 
     def _observe(
         self,
@@ -285,7 +311,8 @@ class ACMDSTrainer:
     ) -> None:
         for event in result.events:
             self.recorder.out_of_memory(event, self._where(), recovered=True)
-        reading = self.controller.observe(sizes[0])
+        graphs = self.train_step.graphs
+        reading = self.controller.observe(sizes[0], peak_bytes=graphs.peak_bytes(sizes[0]) if graphs else None)
         for size, seconds in self._clock.timings():
             self.controller.time(size, seconds)
         if abs(reading.budget_bytes - budget_before) > _NEIGHBOUR_SHARE * self.controller.vram_total:

@@ -113,18 +113,29 @@ class MemoryPressureController:
         """Start the peak of a step. `observe` does it for the next one."""
         self.memory.reset_peak()
 
-    def observe(self, batch: int, *, work: float | None = None, base_bytes: int | None = None) -> MemoryReading:
+    def observe(
+        self,
+        batch: int,
+        *,
+        work: float | None = None,
+        base_bytes: int | None = None,
+        peak_bytes: int | None = None,
+    ) -> MemoryReading:
         """Learn from a finished step: reads the peak once, and starts the next.
 
         Args:
             batch: samples in its largest micro-batch.
             work: its work; None: `batch`.
             base_bytes: allocated between steps; None: as read now.
+            peak_bytes: peak of the step, where the allocator cannot tell (a replayed CUDA graph); None: as read.
 
         Returns:
             The reading, whose peaks are those of the step.
         """
-        self._reading = reading = self.memory.read()
+        reading = self.memory.read()
+        if peak_bytes is not None:
+            reading = dataclasses.replace(reading, peak_allocated_bytes=max(peak_bytes, reading.peak_allocated_bytes))
+        self._reading = reading
         self.memory.reset_peak()
         self._learn_reserved_ratio(reading)
         seen = law.Observation(

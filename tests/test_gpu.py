@@ -1,0 +1,104 @@
+"""What only a CUDA card can show. Run with: pytest -m gpu"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from acmds_optimizer import ACMDSTrainer, CurriculumConfig
+from acmds_optimizer.memory.device import open_memory
+from acmds_optimizer.zoo.models import build_model
+
+pytestmark = pytest.mark.gpu
+
+GIB = 2**30
+
+
+def make(count: int = 4096, **settings) -> ACMDSTrainer:
+    torch.manual_seed(0)
+    model = build_model("resnet18", 10, image_size=32)
+    generator = torch.Generator().manual_seed(1)
+    dataset = TensorDataset(
+        torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator),
+        torch.randint(0, 10, (count,), generator=generator),
+    )
+    settings = {"memory_limit_gb": 8.0, "target_headroom_gb": 1.0, "max_batch_size": 256} | settings
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return ACMDSTrainer(model, dataset, optimizer, CurriculumConfig(**settings), "cuda")
+
+
+def losses(trainer: ACMDSTrainer, epochs: int = 2) -> list[float]:
+    with trainer:
+        return [trainer.train_epoch()["epoch_loss"] for _ in range(epochs)]
+
+
+@pytest.mark.parametrize("precision", [{"enable_amp": False}, {"amp_dtype": "bf16"}, {"amp_dtype": "fp16"}])
+@pytest.mark.parametrize("micro_batch", [256, 96])
+def test_graphs_give_the_losses_of_eager_mode(precision, micro_batch):
+    settings = precision | {"min_batch_size": micro_batch, "max_batch_size": micro_batch, "effective_batch_size": 256}
+    graphed = make(enable_cuda_graphs=True, **settings)
+    with_graphs = losses(graphed)
+    assert graphed.train_step.graphs is not None
+    assert graphed.train_step.graphs.largest > 0, "something was captured"
+    assert with_graphs == pytest.approx(losses(make(**settings)), rel=0.02)
+
+
+def test_the_headroom_is_kept_by_graphs():
+    trainer = make(enable_cuda_graphs=True, max_batch_size=4096, batch_policy="free", memory_limit_gb=4.0, count=40_000)
+    losses(trainer, 3)
+    outcome = trainer.recorder.outcome(seconds=0.0, epochs=3)
+    assert outcome.headroom_breach_fraction < 0.05
+    assert outcome.batch_size_mean > 256
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
+def test_a_neighbour_in_the_same_card_is_made_room_for(graphs, amp_dtype):
+    trainer = make(
+        enable_cuda_graphs=graphs, amp_dtype=amp_dtype, batch_policy="free", max_batch_size=4096, memory_limit_gb=6.0,
+        count=30_000,
+    )  # fmt: skip
+    with trainer:
+        trainer.train_epoch()
+        alone = trainer.controller.batch_size
+        hog = torch.empty(int(3.0 * GIB), dtype=torch.uint8, device="cuda")  # counts as this process's own base
+        trainer.train_epoch()
+        squeezed = trainer.controller.batch_size
+        del hog
+        trainer.controller.memory.release_cache()
+        for _ in range(3):
+            trainer.train_epoch()
+        assert squeezed < alone
+        assert trainer.controller.batch_size > squeezed
+        assert torch.equal(trainer.dataset.scores.count, torch.full((30_000,), 5, dtype=torch.int32, device="cuda"))
+
+
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
+def test_a_real_error_on_the_card_leaves_the_run_as_it_was(amp_dtype):
+    settings = {"amp_dtype": amp_dtype, "min_batch_size": 64, "max_batch_size": 256, "count": 2048}
+    clean = losses(make(**settings), 3)
+    trainer = make(**settings)
+    with trainer:
+        got = [trainer.train_epoch()["epoch_loss"]]
+        free = trainer.controller.memory.read().free_bytes
+        hog = torch.empty(max(0, free - GIB // 4), dtype=torch.uint8, device="cuda")
+        got.append(trainer.train_epoch()["epoch_loss"])
+        del hog
+        got.append(trainer.train_epoch()["epoch_loss"])
+        assert trainer.recorder.figures["oom_events"] > 0
+    assert got == pytest.approx(clean, rel=0.03)  # BatchNorm sees other micro-batches, the rest is the same
+
+
+def test_reading_the_device_costs_microseconds():
+    import time
+
+    memory = open_memory("cuda")
+    torch.zeros(1, device="cuda")
+    memory.read()
+    began = time.perf_counter()
+    for _ in range(1000):
+        memory.read()
+        memory.reset_peak()
+    assert (time.perf_counter() - began) / 1000 < 200e-6
