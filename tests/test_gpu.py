@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig
