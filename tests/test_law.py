@@ -358,7 +358,7 @@ def test_zero_gains_are_the_feed_forward_alone():
 def test_after_a_stray_peak_that_the_model_ignores_a_larger_gain_gives_a_smaller_batch(term):
     batches = []
     for gain in (0.0, 1.0, 5.0):
-        gains = tuple(gain if at == term else 0.0 for at in range(3))
+        gains = (gain * (term == 0), gain * (term == 1), gain * (term == 2))
         state = one_breach(gains, (23.5,))
         batches.append(law.decide(state, limits(gains=gains), 24 * GIB, 1.0, 301)[1].batch)
     assert batches[0] == 216 > batches[1] > batches[2]

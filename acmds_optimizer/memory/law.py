@@ -9,6 +9,10 @@ Tried and rejected (docs/memory.md has the figures):
 2. PID on reserved memory: reserved is the allocator's high-water mark, so the batch ratchets down.
 3. A trim that may also add: the rounding to buckets keeps the error positive for ever, the integral winds up, and the
    next larger bucket is tried, breaches and is left again, for ever.
+4. Growth held back in samples (one bucket every ten steps): with samples of varying size every small one is cut to what
+   the largest of late allowed. What is granted, cut and held back is work; the size in samples follows from it.
+5. A trim for what the feed-forward answers by itself (a neighbour, an out-of-memory error, a first step at a new size):
+   it comes on top, and costs a bucket that fits.
 """
 
 from __future__ import annotations
@@ -266,12 +270,10 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
     active = failure.step < state.ceiling_step
     repeated = state.ceiling_step > 0 and failure.work <= state.ceiling_work * _SAME and not active
     wait = min(state.ceiling_wait * 2, _LONGEST_CEILING_STEPS) if repeated else _CEILING_STEPS
-    error = -min(1.0, failure.shortage_bytes / max(failure.budget_bytes, 1.0))
     state = replace(
         state,
         batch=batch,
         work=batch * sample_work,
-        i=max(_TRIM_LOWEST, state.i + limits.ki * error),
         calm_steps=0,
         disturbed=True,
         ceiling_work=min(failure.work, state.ceiling_work) if active else failure.work,
