@@ -45,25 +45,24 @@ def run(
 ) -> None:
     """Run one system, and send (row, timeline) or, if it cannot be run, ({status, reason}, [])."""
     _prepare(setting)
-    plant = Plant(setting)
-    neighbour = Neighbour(plant, neighbour_connection, held)
-    meter = Meter(plant, Scenario(scenario_name, setting), neighbour)
-    neighbour.settle()
-    status, reason = "ok", ""
+    meter: Meter | None = None
     try:
+        plant = Plant(setting)
+        neighbour = Neighbour(plant, neighbour_connection, held)
+        neighbour.settle()
+        meter = Meter(plant, Scenario(scenario_name, setting), neighbour)
         SYSTEMS[system_name](plant, meter, known)
     except (systems.MissingPackageError, systems.NothingFitsError) as error:
         connection.send(({"status": "skipped", "reason": str(error)}, []))
         return
     except Exception as error:  # noqa: BLE001  # whatever it is, it is a row of the table
-        if not is_out_of_memory(error):
+        if meter is None or not is_out_of_memory(error):
             _send_error(connection)
             return
         meter.escaped = str(error)
         del error
     plant.model.zero_grad(set_to_none=True)
-    if meter.escaped:
-        status, reason = "out_of_memory", meter.escaped.splitlines()[0]
+    status, reason = ("out_of_memory", meter.escaped.splitlines()[0]) if meter.escaped else ("ok", "")
     connection.send(({**meter.row(), "status": status, "reason": reason}, meter.timeline()))
 
 

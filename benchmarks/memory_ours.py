@@ -19,7 +19,8 @@ from acmds_optimizer.memory.device import MemoryReading
 from benchmarks.memory_plant import Meter, Plant
 from benchmarks.memory_systems import Known
 
-_EPOCH_SAMPLES = 2**19
+_EPOCH_SAMPLES = {"cuda": 2**19, "cpu": 2**13}
+"""Order, weights and scores of an epoch lie on the card too: those of a long one would fill the CPU's."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class _Names(Dataset[Any]):
 
     def __init__(self, plant: Plant) -> None:
         self._item = (torch.zeros(tuple(plant.images.shape[1:]), dtype=torch.uint8), 0)
+        self._count = _EPOCH_SAMPLES[plant.device.type]
 
     def __len__(self) -> int:
-        return _EPOCH_SAMPLES
+        return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._item
@@ -66,7 +68,7 @@ class _PoolSource(DataSource):
         self.plant = plant
 
     def __len__(self) -> int:
-        return _EPOCH_SAMPLES
+        return _EPOCH_SAMPLES[self.plant.device.type]
 
     def stream(
         self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False

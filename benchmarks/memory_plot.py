@@ -15,7 +15,7 @@ def draw(timelines: dict[str, tuple[str, list[Point]]], setting: Setting, path: 
     """Draw into a PNG at `path`, and write the steps behind it to the CSV beside it.
 
     Args:
-        timelines: status and steps by system, of the scenario neighbour; what is there of ours and of a fixed batch is drawn.
+        timelines: status and steps by system, of the scenario neighbour; one of ours and a fixed batch are drawn.
         setting: of the table.
         path: its folder is made.
 

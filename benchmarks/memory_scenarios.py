@@ -52,7 +52,7 @@ class Setting:
     @property
     def neighbour_bytes(self) -> int:
         """8 GB of a 23.2 GB card, and the same share of others."""
-        return int(self.cap_bytes * 8 / 23.2)
+        return round(self.cap_bytes * 8 / 23.2)
 
     @property
     def left_bytes(self) -> int:

@@ -72,8 +72,8 @@ def _try(plant: Plant, optimizer: torch.optim.Optimizer, batch: int, side: int, 
     try:
         seconds(2)
         once = seconds(_PROBE_STEPS)
-        steps = max(_PROBE_STEPS, int(timed_seconds / once * _PROBE_STEPS))
-        return batch * steps / seconds(steps)
+        steps = int(timed_seconds / once * _PROBE_STEPS)
+        return batch * steps / seconds(steps) if steps > _PROBE_STEPS else batch * _PROBE_STEPS / once
     except torch.OutOfMemoryError:
         return None
 
