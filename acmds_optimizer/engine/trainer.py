@@ -514,6 +514,8 @@ class ACMDSTrainer:
 
     def shutdown(self) -> None:
         """Stop the monitor and the workers, write what is pending, give the device back. Idempotent."""
+        if self.train_step.graphs is not None:
+            self.train_step.graphs.release()
         self.controller.shutdown()
         self.source.close()
         if self.val_source is not None:
