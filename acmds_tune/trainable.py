@@ -21,20 +21,27 @@ STEP_S = 1.0
 class TrialRunner(tune.Trainable):
     """Runs the trial in `config["task"]`. A result has `progress` or `ended` as JSON text, or neither."""
 
+    _task: Task
     _trial: TrialProcess | None = None
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the first trial."""
-        self._begin(config)
+        """Take the first trial. It starts with the first step.
+
+        Ray may have asked for this actor and then give its trial to another one that has become free: that one alone
+        is asked to step.
+        """
+        self._task = Task(**config["task"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start the next trial in the same actor. False would make Ray wait for ever."""
-        self._begin(new_config)
+        """Take the next trial in the same actor. False would make Ray wait for ever."""
+        self.cleanup()
+        self.setup(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """News of the running trial."""
-        assert self._trial is not None
+        if self._trial is None:
+            self._trial = TrialProcess(self._task)
         stop = Path(self._trial.task.directory) / STOP_FILE
         if stop.exists():
             self._trial.stop(stop.read_text(encoding="utf-8"))
@@ -57,7 +64,3 @@ class TrialRunner(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Trials are started anew, never restored."""
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        self.cleanup()
-        self._trial = TrialProcess(Task(**config["task"]))

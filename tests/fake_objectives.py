@@ -142,3 +142,15 @@ def waits_as_the_third(
     settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
 ) -> dict[str, Any]:
     return (goes_on if directory.name == "0002" else ok)(settings, directory, report, should_stop)
+
+
+def meets_another(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    """Ends only when its neighbour in the pairs (0, 1), (2, 3), ... has started as well."""
+    with (directory / "started").open("a", encoding="utf-8") as file:
+        file.write("once\n")
+    neighbour = directory.parent / f"{int(directory.name) ^ 1:04d}" / "started"
+    while not neighbour.exists():
+        time.sleep(0.01)
+    return figures()

@@ -18,7 +18,7 @@ import pytest
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.driver import INTERRUPTED, OUT_OF_TIME
 from acmds_tune.search import ResourceError, SearchResult, quiet_ray, run_search
-from acmds_tune.space import Space, load
+from acmds_tune.space import Resources, Space, load
 from tests.test_child import is_alive, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ timeouts: {silence: 1}
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session() -> Iterator[None]:
-    with quiet_ray(Space()):
+    with quiet_ray(Space(resources=Resources(concurrent_trials=2))):
         yield
 
 
@@ -124,6 +124,17 @@ def test_a_trial_behind_the_others_is_pruned_with_what_it_measured(search: Calla
     assert list(rows.status) == ["ok"] * 6 + ["stopped"]
     assert "pruned" in rows.reason[6]
     assert rows.val_loss[6] == 7.0
+
+
+def test_two_trials_run_at_once_where_that_is_asked_for_and_each_is_started_once(
+    search: Callable[..., SearchResult],
+) -> None:
+    text = TEXT.replace("silence: 1", "silence: 20") + "resources: {concurrent_trials: 2}\n"
+    result = search("meets_another", text)
+    assert list(table(result).status) == ["ok"] * 6
+    for number in range(6):
+        started = result.directory / "trials" / f"{number:04d}" / "started"
+        assert started.read_text(encoding="utf-8") == "once\n"
 
 
 def test_a_gpu_that_is_not_there_is_an_error_at_once_and_leaves_no_study(search: Callable[..., SearchResult]) -> None:

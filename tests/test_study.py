@@ -100,7 +100,7 @@ def test_every_trial_has_a_seed_of_its_own(create: Callable[..., SearchStudy]) -
 
 
 def test_the_same_seed_and_the_same_ends_give_the_same_trials(create: Callable[..., SearchStudy]) -> None:
-    values = []
+    values: list[list[dict[str, Any]]] = []
     for name in ("a", "b"):
         study = create(name=name)
         values.append([])

@@ -163,11 +163,10 @@ def _search_train_and_resume(results: Path, space_file: Path, capsys: pytest.Cap
     output, messages = capsys.readouterr()
     assert output == f"{results / 'real' / 'best.json'}\n"
     assert f"train with it: acmds-train --config {results / 'real' / 'best.json'}" in messages
-    best = load_config(results / "real" / "best.json")
+    best: TrainConfig = load_config(results / "real" / "best.json")
     content = json.loads((results / "real" / "best.json").read_text(encoding="utf-8"))
     trial = results / "real" / "trials" / f"{content['acmds_study']['trial']:04d}"
-    ran = load_config(trial / "config.json")
-    assert isinstance(best, TrainConfig)
+    ran: TrainConfig = load_config(trial / "config.json")
     assert (best.lr, best.seed, best.max_steps, best.memory_limit_gb) == (ran.lr, ran.seed, 4, 0.02)
     assert (ran.checkpoint_every, best.checkpoint_every) == (0, 1)
     assert (trial / "steps.csv").read_text(encoding="utf-8").count("\n") == 5
