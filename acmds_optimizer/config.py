@@ -55,7 +55,7 @@ class CurriculumConfig:
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Learning-rate rule for batch_policy free: lr times (batch / max_batch_size) to the power 0, 1 or 1/2."""
 
-    knee_gain_fraction: Fraction = 0.03
+    knee_gain_fraction: Fraction = 0.02
     """Growth stops where the next size would add less throughput than this share; 0: memory alone decides."""
 
     max_oom_retries: PositiveInt = 10

@@ -46,7 +46,6 @@ class GraphedMicroBatches:
 
     def __init__(self, step: TrainStep) -> None:
         self._step = step
-        self._device = step.guard.controller.device
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
         self._graphs: dict[int, _Captured] = {}
@@ -100,8 +99,9 @@ class GraphedMicroBatches:
     def _capture(self, part: Batch, shares: Tensor) -> _Captured | None:
         inputs, targets, static_shares = part.inputs.clone(), part.targets.clone(), shares.clone()
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.max_memory_allocated(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
+        memory = self._step.guard.controller.memory
+        before = memory.read().peak_allocated_bytes
+        memory.reset_peak()
         failure = None
         try:
             with torch.cuda.graph(graph, pool=self._pool):
@@ -115,5 +115,5 @@ class GraphedMicroBatches:
             logger.warning("CUDA graphs are off, this model cannot be captured (%s)", failure)
             self.release()
             return None
-        peak = max(before, torch.cuda.max_memory_allocated(self._device))
+        peak = max(before, memory.read().peak_allocated_bytes)
         return _Captured(graph, inputs, targets, static_shares, losses, peak)

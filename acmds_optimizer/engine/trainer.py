@@ -276,6 +276,7 @@ class ACMDSTrainer:
         sizes = parts(len(batch), result.micro_batch)
         self._clock.stop(sizes[0], len(sizes), steady=not result.events)
         self.dataset.scores.update(batch.indices, result.value)
+        self.optimizer.zero_grad(set_to_none=True)  # what lies between steps is then the model and its optimizer
         self.sampler.position += len(batch)
         self._observe(decision, batch, result, sizes, before.budget_bytes, before.alloc_retries, lr, began)
         self.step += 1
