@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -67,7 +68,7 @@ COLUMNS = {
 """Columns of the table, and what they mean."""
 
 _SEARCHES = ("lightning_power", "lightning_binsearch")
-_CUDA = Setting("cuda", "resnet50", 224, 23.2, 3.0, "bf16", 512, 8.0, None, 20_000)
+_CUDA = Setting("cuda", "resnet50", 224, 23.2, 3.0, "bf16", 512, 6.0, None, 20_000)
 _CPU = Setting("cpu", "small_cnn", 14, 0.03125, 0.00390625, "off", 128, 30.0, 4000, 1000, classes=10)
 _SEARCH_S = 60.0
 
@@ -75,7 +76,10 @@ _SEARCH_S = 60.0
 def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.memory_child import SYSTEMS
 
-    options = _parser(list(SYSTEMS)).parse_args(argv)
+    parser = _parser(list(SYSTEMS))
+    options = parser.parse_args(argv)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     setting = _setting(options)
     repository = str(Path(__file__).resolve().parent.parent)
     # the forkserver starts as a fresh interpreter, and does not take over sys.path

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from acmds_optimizer.memory.guard import is_out_of_memory
 from benchmarks.memory_plant import Meter, Plant
 from benchmarks.memory_scenarios import Probe, best_batch, grid, largest_batch
 
@@ -45,14 +46,21 @@ class Known:
 
 
 def probe(plant: Plant, sides: list[int], timed_seconds: float) -> list[Probe]:
-    """Try batch sizes offline at each side, ascending, until one does not fit; largest side first."""
+    """Try batch sizes offline at each side, ascending, until one does not fit; largest side first.
+
+    Each is timed for `timed_seconds`; of the smaller sides three steps, and of them the smallest batches are left out.
+    """
     optimizer = plant.build_optimizer()
     found = []
+    limit = plant.setting.search_limit
     for side in sorted(sides, reverse=True):
-        for batch in grid(plant.setting.search_limit):
+        largest = side == max(sides)
+        for batch in grid(limit):
+            if not largest and batch < limit // 4:
+                continue
             plant.memory.release_cache()
             plant.memory.reset_peak()
-            rate = _try(plant, optimizer, batch, side, timed_seconds)
+            rate = _try(plant, optimizer, batch, side, timed_seconds if largest else 0.0)
             if rate is None:
                 break
             found.append(Probe(side, batch, plant.memory.read().peak_reserved_bytes, rate))
@@ -74,7 +82,9 @@ def _try(plant: Plant, optimizer: torch.optim.Optimizer, batch: int, side: int, 
         once = seconds(_PROBE_STEPS)
         steps = int(timed_seconds / once * _PROBE_STEPS)
         return batch * steps / seconds(steps) if steps > _PROBE_STEPS else batch * _PROBE_STEPS / once
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None
 
 
@@ -210,14 +220,13 @@ def _lightning(plant: Plant, meter: Meter, known: Known, mode: str) -> None:
 
 
 def _import_lightning() -> Any:
-    try:
-        import lightning.pytorch as pl
-    except ImportError:
+    missing = None
+    for name in ("lightning.pytorch", "pytorch_lightning"):
         try:
-            import pytorch_lightning as pl  # type: ignore[no-redef]
+            return importlib.import_module(name)
         except ImportError as error:
-            raise MissingPackageError(f"lightning is not installed ({error})") from None
-    return pl
+            missing = missing or str(error)
+    raise MissingPackageError(f"lightning is not installed ({missing})")
 
 
 def _search_with_lightning(pl: Any, plant: Plant, meter: Meter, mode: str) -> int:
@@ -226,7 +235,7 @@ def _search_with_lightning(pl: Any, plant: Plant, meter: Meter, mode: str) -> in
         logging.getLogger(name).setLevel(logging.ERROR)
     precision = {"bf16": "bf16-mixed", "fp16": "16-mixed", "off": "32-true"}[plant.setting.amp]
 
-    class Module(pl.LightningModule):  # type: ignore[misc]
+    class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = plant.model

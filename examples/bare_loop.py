@@ -45,7 +45,8 @@ config = CurriculumConfig(
 controller = MemoryPressureController(device, config)
 guard = Guard(model, optimizer, controller)
 
-times_seen, losses, micro_batches, caught = torch.zeros(SAMPLES, dtype=torch.int64), [], [], []
+times_seen = torch.zeros(SAMPLES, dtype=torch.int64)
+losses, micro_batches, caught = [], [], 0
 for epoch in range(EPOCHS):
     for inputs, targets, indices in loader:
         inputs, targets = inputs.to(device), targets.to(device)
@@ -65,7 +66,7 @@ for epoch in range(EPOCHS):
         times_seen[indices] += 1
         losses.append(result.value.item())
         micro_batches.append(result.micro_batch)
-        caught += result.events
+        caught += len(result.events)
         for event in result.events:
             print(f"epoch {epoch}: {event.message} Going on with {event.next_micro_batch} samples at a time.")
 
@@ -81,7 +82,7 @@ figures = {
     "steps": len(losses),
     "micro_batches": micro_batches,
     "losses": losses,
-    "oom_caught": len(caught),
+    "oom_caught": caught,
     "times_seen": sorted(set(times_seen.tolist())),
 }
 print(json.dumps(figures))

@@ -49,7 +49,9 @@ class SafeModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.controller = MemoryPressureController(self.device, self.config)
-        self.guard = Guard(self, self.optimizers(), self.controller)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, torch.optim.Optimizer)  # one, not a list
+        self.guard = Guard(self, optimizer, self.controller)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         inputs, targets, indices = batch

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -157,7 +157,7 @@ def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     rows = bench(
         folder, "--scenarios", "neighbour", "--systems", ",".join(SYSTEMS), "--images", "500",
-        "--plot", str(folder / "plot.png"),
+        *(["--plot", str(folder / "plot.png")] if importlib.util.find_spec("matplotlib") else []),
     )  # fmt: skip
     return folder, rows
 
@@ -222,7 +222,7 @@ def test_a_system_that_cannot_start_is_a_row_with_its_reason(monkeypatch, capsys
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # meant for a process of its own
     sent: list[Any] = []
     setting = replace(SETTING, model="no_such_model")
-    memory_child.run(SimpleNamespace(send=sent.append), setting, "cold", "halving", Known(), None, None)
+    memory_child.run(cast(Any, SimpleNamespace(send=sent.append)), setting, "cold", "halving", Known(), None, None)
     row, steps = sent[0]
     assert (row["status"], steps) == ("error", [])
     assert "no model named" in row["reason"]
