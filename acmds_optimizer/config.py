@@ -194,6 +194,12 @@ class TrainConfig(CurriculumConfig):
     output_dir: str | None = None
     """Folder for checkpoint, resolved configuration, environment and step records; none: a new one in runs/."""
 
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard, into the output folder. Needs the extra `tensorboard`."""
+
+    wandb: bool = False
+    """Also send the curves to Weights & Biases (WANDB_MODE=offline keeps them here). Needs the extra `wandb`."""
+
     checkpoint_every: Annotated[int, Ge(0)] = 1
     """Epochs between checkpoints; 0: none."""
 

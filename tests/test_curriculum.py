@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler, plan_e
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 
-NUMBERS = list(range(100))
+NUMBERS: Any = list(range(100))
 
 
 def controller(**settings) -> MemoryPressureController:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.machinery
 import itertools
 import json
 import math
+import sys
 import threading
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +54,7 @@ class Double(nn.Module):
         return inputs.double()
 
 
-def make(memory: BudgetedCpuMemory | None = None, dataset=None, **settings) -> ACMDSTrainer:
+def make(memory: BudgetedCpuMemory | None = None, dataset=None, **settings: Any) -> ACMDSTrainer:
     model = network()
     settings = {
         "target_headroom_gb": 0.0001,
@@ -195,7 +199,7 @@ def test_the_monitor_keeps_the_newest_readings_and_stops():
 def test_a_full_queue_drops_its_oldest_reading():
     controller = make().controller
     controller.metrics_queue = type(controller.metrics_queue)(maxsize=3)
-    controller._stop = _StopAfter(10)
+    controller._stop = _StopAfter(10)  # type: ignore[assignment]  # stops without a clock
     controller._watch(0.0)
     assert controller.metrics_queue.qsize() == 3
 
@@ -256,7 +260,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_statistics():
             assert checkpoint_activations(model)
         torch.manual_seed(1)
         model(torch.randn(5, 3, 4, 4)).square().sum().backward()
-        return [p.grad for p in model.parameters()] + list(model.buffers())
+        return [p.grad for p in model.parameters() if p.grad is not None] + list(model.buffers())
 
     assert all(torch.allclose(a, b) for a, b in zip(run(True), run(False), strict=True))
 
@@ -289,7 +293,7 @@ def test_a_model_without_blocks_trains_without_checkpointing_and_says_so(caplog)
 # --- files
 
 
-DIGITS = {
+DIGITS: dict[str, Any] = {
     "model": "small_cnn", "dataset": "digits", "device": "cpu", "memory_limit_gb": 0.05, "target_headroom_gb": 0.01,
     "max_batch_size": 64, "knee_gain_fraction": 0.0,
 }  # fmt: skip
@@ -305,8 +309,42 @@ def test_a_run_writes_its_records(tmp_path):
     assert int(rows[-1]["samples_seen"]) == outcome.samples == 2 * 1618
     assert (tmp_path / "run" / "events.csv").read_text().strip() == ",".join(EVENT_COLUMNS)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
-    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["val_accuracy"] == outcome.val_accuracy > 0.9
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["val_accuracy"] == outcome.val_accuracy
+    assert outcome.val_accuracy is not None
+    assert outcome.val_accuracy > 0.9
     assert "torch" in json.loads((tmp_path / "run" / "environment.json").read_text())
+
+
+def test_curves_go_to_tensorboard_and_to_wandb_under_the_same_names(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written: dict[str, list[int]] = {}
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            for name in values:
+                written.setdefault(name, []).append(step)
+
+        def finish(self) -> None:
+            written["finished"] = []
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **_: Run()  # type: ignore[attr-defined]
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run_training(TrainConfig(**DIGITS, epochs=2, tensorboard=True, wandb=True), output_dir=tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == written["loss"] == list(range(52))
+    assert [event.step for event in board.Scalars("val_accuracy")] == written["val_accuracy"] == [26, 52]
+    assert "finished" in written
+
+
+def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("acmds_optimizer.engine.scalars.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb is not installed: pip install 'acmds\[wandb\]'"):
+        run_training(TrainConfig(**DIGITS, max_steps=1, wandb=True), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_never_written_over(tmp_path):

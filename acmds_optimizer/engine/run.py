@@ -19,6 +19,7 @@ from acmds_optimizer import __version__
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.engine import checkpoint
 from acmds_optimizer.engine.prepare import build_optimizer
+from acmds_optimizer.engine.scalars import open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
 from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
 from acmds_optimizer.errors import ConfigError, DivergedError, OutOfMemoryForGoodError
@@ -76,10 +77,11 @@ def run_training(
     if state is not None:
         trainer.load_state_dict(state)
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
+        logs = open_scalar_logs(config, output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", to_dict(config))
         write_json(output_dir / "environment.json", environment(memory.device))
-        trainer.recorder = Recorder(output_dir, config.difficulty_window, trainer.step if state else None)
+        trainer.recorder = Recorder(output_dir, config.difficulty_window, trainer.step if state else None, logs)
     logger.debug("ready to train %.1f s after the start", time.monotonic() - began)
     try:
         trainer.on_progress = on_progress
@@ -102,6 +104,7 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None) 
 
     def after_epoch(figures: dict[str, float]) -> None:
         nonlocal saved_epoch
+        trainer.recorder.scalars(trainer.step, figures)
         validation = (
             f", validation loss {figures['val_loss']:.4f}, accuracy {figures['val_accuracy']:.4f}"
             if "val_loss" in figures

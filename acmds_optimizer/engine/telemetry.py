@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from typing import IO, Any
 import torch
 
 from acmds_optimizer.config import GIB
+from acmds_optimizer.engine.scalars import STEP_SCALARS, ScalarLog
 from acmds_optimizer.errors import DivergedError
 from acmds_optimizer.memory.guard import OutOfMemoryEvent
 
@@ -138,9 +139,17 @@ class Recorder:
         folder: where steps.csv and events.csv go; None: nowhere.
         difficulty_window: samples over which the mean difficulty is taken.
         resume_step: keep the rows of earlier steps that are already there.
+        scalar_logs: where curves go besides.
     """
 
-    def __init__(self, folder: Path | None, difficulty_window: int = 1000, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        difficulty_window: int = 1000,
+        resume_step: int | None = None,
+        scalar_logs: Sequence[ScalarLog] = (),
+    ) -> None:
+        self._scalar_logs = scalar_logs
         self._steps = CsvLog(folder / "steps.csv" if folder else None, STEP_COLUMNS, resume_step)
         self._events = CsvLog(folder / "events.csv" if folder else None, EVENT_COLUMNS, resume_step)
         self._pending: list[dict[str, Any]] = []
@@ -230,9 +239,16 @@ class Recorder:
             self._epoch_samples += row["effective_batch"]
         self.last_loss = values[-1][0]
         self._steps.write(rows)
+        for row in rows if self._scalar_logs else ():
+            self.scalars(row["step"], {name: row[name] for name in STEP_SCALARS})
         bad = next((row["step"] for row in rows if not math.isfinite(row["loss"])), None)
         if bad is not None:
             raise DivergedError(bad)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each curve, such as the figures of an epoch."""
+        for log in self._scalar_logs:
+            log.write(step, values)
 
     def end_epoch(self) -> float | None:
         """Mean loss of the epoch's samples so far; the next one starts from zero."""
@@ -278,6 +294,9 @@ class Recorder:
         finally:
             self._steps.close()
             self._events.close()
+            for log in self._scalar_logs:
+                log.close()
+            self._scalar_logs = ()
 
 
 def to_plain(outcome: Outcome) -> dict[str, Any]:
