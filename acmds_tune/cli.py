@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acmds_optimizer.errors import ACMDSError, ConfigError
-from acmds_tune.space import Space, load
+from acmds_tune.space import Space
+from acmds_tune.space_load import load
 
 if TYPE_CHECKING:
     from acmds_tune.search import SearchResult

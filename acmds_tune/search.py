@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from acmds_optimizer.console import console
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.objective import DEFAULT_OBJECTIVE, Ended
 from acmds_tune.records import TrialRecord
@@ -56,6 +56,10 @@ from acmds_tune.study import SearchStudy  # noqa: E402
 from acmds_tune.trainable import TrialRunner  # noqa: E402
 
 logger = logging.getLogger(__name__)
+
+
+SCRATCH_PREFIX = "acmds-ray-"
+"""Of the temporary folder for Ray's files; the process id comes next."""
 
 
 class ResourceError(ACMDSError):
@@ -111,6 +115,8 @@ def run_search(
             str(directory), ["this study exists; add --resume to go on with it, or give another one with --name"]
         )
     study = SearchStudy.resume(directory, space) if resume else None
+    if console().is_terminal:
+        console().print("starting Ray, which takes a few seconds")
     try:
         with (
             quiet_ray(space) as scratch,
@@ -199,8 +205,9 @@ def quiet_ray(space: Space) -> Iterator[Path]:
 
     Ray that runs already in this process is used and left running.
     """
+    _remove_left_scratch()
     # a short path: sockets in it must have less than 108 characters
-    scratch = Path(tempfile.mkdtemp(prefix="acmds-ray-"))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     ours = not ray.is_initialized()
     try:
         with warnings.catch_warnings():
@@ -222,6 +229,14 @@ def quiet_ray(space: Space) -> Iterator[Path]:
             gc.collect()  # a Ray object that is collected after the shutdown ends the process
             ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_left_scratch() -> None:
+    """Remove the folders of searches that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        pid = folder.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sharers(space: Space) -> int:
@@ -246,7 +261,7 @@ def _interruptible(driver: Driver) -> Iterator[None]:
         if driver.ending == INTERRUPTED:
             raise KeyboardInterrupt
         driver.interrupt()
-        print("stopping after the running trial has ended; once more to stop at once", file=sys.stderr)
+        console().print("ending the running trial; press Ctrl-C again to stop at once")
 
     previous = {}
     with contextlib.suppress(ValueError):  # not in the main thread

@@ -1,7 +1,6 @@
 """A search-space file: what stays fixed, what is searched, for what, and at what cost.
 
-The models below are the reference of the file (docs/search_spaces.md is made from them). `load` checks everything
-before anything is started: unknown keys, types, and every bound and choice against the trainer's own setting.
+The models below are the reference of the file; docs/search_spaces.md is made from them. space_load.py reads it.
 """
 
 from __future__ import annotations
@@ -10,18 +9,13 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from annotated_types import Ge, Gt, Lt
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict
 
-from acmds_optimizer.config import TrainConfig, build, field_names, nearest
-from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.config import TrainConfig, nearest
 from acmds_tune.columns import FIGURES
-from acmds_tune.space_yaml import Source, canonical, read
 
 Scalar = bool | int | float | str | None
 
@@ -42,6 +36,9 @@ PRESETS: dict[str, list[dict[str, str]]] = {
 
 PRUNABLE = ("samples_per_second", "val_loss", "val_accuracy", "train_loss")
 """Objectives that a running trial reports, so that a pruner can judge them."""
+
+MAY_DIFFER = ("name", "trials", "timeouts", "resources", "budget.minutes")
+"""Keys of a search-space file that may change when a search is resumed: they do not change what a trial is."""
 
 SET_BY_THE_SEARCH = {
     "output_dir": "every trial has its own folder",
@@ -227,308 +224,6 @@ def parse_constraint(text: str) -> Constraint:
         raise ValueError(f"'{text}': {bound} is not a number") from None
 
 
-# --- loading
-
-
-def load(
-    path: str | Path, *, overrides: Mapping[str, Any] | None = None, fixed: Mapping[str, str] | None = None
-) -> Space:
-    """Read and check a search-space file.
-
-    Args:
-        path: the YAML file.
-        overrides: top-level keys that replace those of the file (name, trials), from the command line.
-        fixed: fixed settings that are added or replaced, from `--set`; values as YAML text.
-
-    Raises:
-        ConfigError: listing every problem at once, each with its line, key and nearest valid key.
-    """
-    raw, source = read(Path(path))
-    values = canonical(raw, source)
-    values.setdefault("name", Path(path).stem)
-    values.update({key: value for key, value in (overrides or {}).items() if value is not None})
-    _apply_set(values, fixed or {}, source)
-    space = _validate(values, source)
-    source.raise_if_any()
-    return space
-
-
-def _apply_set(values: dict[str, Any], fixed: Mapping[str, str], source: Source) -> None:
-    target = dict(values.get("fixed") or {})
-    for name, text in fixed.items():
-        key = name.replace("-", "_")
-        source.origin[("fixed", key)] = (None, f"--set {name}")
-        if key in (values.get("search") or {}):
-            source.complain(("fixed", key), "is searched in the file; remove it there to fix it")
-        else:
-            target[key] = yaml.safe_load(text)
-    if fixed:
-        values["fixed"] = target
-
-
-def _validate(values: dict[str, Any], source: Source) -> Space:
-    """Section by section, so that a problem in one does not hide those in another."""
-    good: dict[str, Any] = {}
-    fields = Space.model_fields
-    for key, value in values.items():
-        if key not in fields:
-            source.complain((key,), f"unknown key{nearest(key, list(fields))}")
-        elif key == "search":
-            good[key] = _parameters(value, source)
-        elif key == "objective":
-            good[key] = _objectives(value, source)
-        elif value is None and isinstance(fields[key].default, BaseModel | dict):
-            continue  # a section that is written but empty
-        else:
-            _section(key, value, good, source)
-    if not good.get("search") and not source.problems:
-        source.complain((), "search: is empty; name at least one setting with its range or choices")
-    space = Space.model_construct(**{**{name: field.default for name, field in fields.items()}, **good})
-    _check_name(space, source)
-    _check_fixed(space, source)
-    _check_constraints(space, source)
-    _check_conditions(space, source)
-    if space.pruner != "none" and (len(space.objective) > 1 or space.objective[0].name not in PRUNABLE):
-        source.complain(("pruner",), f"needs one objective that a running trial reports: {', '.join(PRUNABLE)}")
-    if not source.problems:
-        _check_corners(space, source)
-    return space
-
-
-def _section(key: str, value: Any, good: dict[str, Any], source: Source) -> None:
-    field = Space.model_fields[key]
-    try:
-        good[key] = _adapter(field).validate_python(value)
-    except ValidationError as error:
-        model = field.annotation if isinstance(field.annotation, type) else None
-        valid = list(model.model_fields) if model and issubclass(model, BaseModel) else []
-        _complain_all(error, (key,), valid, source)
-
-
-def _complain_all(error: ValidationError, path: tuple[str | int, ...], valid: list[str], source: Source) -> None:
-    said = set()
-    for item in error.errors(include_url=False):
-        # a union reports one error a member, with the member's name in the location; the key is what the user typed
-        loc = [part for part in item["loc"] if part not in ("bool", "int", "float", "str", "none")]
-        loc = [part for part in loc if not str(part).startswith(("constrained-", "function-"))]
-        where = (*path, *loc)
-        if where in said:
-            continue
-        said.add(where)
-        if item["type"] == "extra_forbidden":
-            source.complain(where, f"unknown key{nearest(str(loc[-1]), valid)}")
-        elif item["type"] == "missing":
-            source.complain(where, "is missing")
-        else:
-            source.complain(where, f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
-
-
-def _objectives(items: list[Any], source: Source) -> list[Objective]:
-    result: list[Objective] = []
-    for index, item in enumerate(items):
-        path = ("objective", index)
-        if isinstance(item, str) and item in PRESETS:
-            result += [Objective(**entry) for entry in PRESETS[item]]  # type: ignore[arg-type]
-            continue
-        if isinstance(item, str):
-            item = {"name": item}
-        if not isinstance(item, dict):
-            source.complain(path, f"{item!r}: write speed, pareto, a figure, or {{name: ..., direction: ...}}")
-            continue
-        name = item.get("name")
-        if name not in FIGURE_NAMES:
-            valid = [*PRESETS, *FIGURE_NAMES]
-            source.complain((*path, "name"), f"no figure is called {name!r}{nearest(str(name), valid)}")
-            continue
-        if item.get("direction") is None:
-            item = {**item, "direction": "maximize" if name in MAXIMIZED else "minimize"}
-        try:
-            result.append(Objective.model_validate(item))
-        except ValidationError as error:
-            _complain_all(error, path, list(Objective.model_fields), source)
-    names = [objective.name for objective in result]
-    if len(set(names)) < len(names):
-        source.complain(("objective",), "the same figure twice")
-    return result or Space.model_fields["objective"].default
-
-
-# --- checks against the trainer's settings
-
-
-def field_adapter(name: str) -> TypeAdapter[Any]:
-    """Checks and converts a value of the TrainConfig setting `name`."""
-    return _adapter(TrainConfig.__pydantic_fields__[name])  # type: ignore[attr-defined]
-
-
-def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
-    kind: Any = field.annotation
-    return TypeAdapter(Annotated[kind, *field.metadata] if field.metadata else kind)
-
-
-def _field_types(name: str) -> set[type]:
-    """The plain types a setting may have: {int, NoneType} for `int | None`, {str} for a Literal of names."""
-    found: set[type] = set()
-
-    def visit(annotation: Any) -> None:
-        if isinstance(annotation, type):
-            found.add(annotation)
-        elif getattr(annotation, "__origin__", None) is Literal:
-            found.update(type(value) for value in get_args(annotation))
-        else:
-            for part in get_args(annotation)[: 1 if hasattr(annotation, "__metadata__") else None]:
-                visit(part)
-
-    visit(TrainConfig.__pydantic_fields__[name].annotation)  # type: ignore[attr-defined]
-    return found
-
-
-def _checked(name: str, value: Any, path: tuple[str | int, ...], source: Source) -> Any:
-    """`value` as the setting `name` holds it; a recorded problem and the value itself where it is not allowed."""
-    try:
-        return field_adapter(name).validate_python(value)
-    except ValidationError as error:
-        source.complain(path, f"{value!r}: {'; '.join(sorted({item['msg'].lower() for item in error.errors()}))}")
-        return value
-
-
-def _known_setting(section: str, name: str, source: Source) -> bool:
-    if name not in field_names():
-        source.complain((section, name), f"the trainer has no such setting{nearest(name, field_names())}")
-        return False
-    if name in SET_BY_THE_SEARCH:
-        source.complain((section, name), f"cannot be set here: {SET_BY_THE_SEARCH[name]}")
-        return False
-    return True
-
-
-def _parameters(value: Any, source: Source) -> dict[str, Parameter]:
-    if not isinstance(value, dict):
-        source.complain(("search",), "must hold settings, each with its range or choices")
-        return {}
-    result = {}
-    for name, item in value.items():
-        path = ("search", name)
-        try:
-            parameter = Parameter.model_validate(item)
-        except ValidationError as error:
-            _complain_all(error, path, list(Parameter.model_fields), source)
-            continue
-        if not _known_setting("search", name, source):
-            continue
-        if name == "device":
-            source.complain(path, "trials of one search run on one device; put it under fixed")
-            continue
-        result[name] = _complete(name, parameter, source)
-    return result
-
-
-def _complete(name: str, parameter: Parameter, source: Source) -> Parameter:
-    """`parameter` with its type, and values as the setting holds them."""
-    path = ("search", name)
-    types = _field_types(name)
-    kind = parameter.type or ("categorical" if parameter.values is not None else None)
-    if kind is None:
-        kind = "int" if int in types else "float" if float in types else "categorical"
-        if kind == "categorical":
-            source.complain(path, "has no range; write {values: [...]}")
-            return parameter
-    if kind == "categorical":
-        return _complete_choices(path, name, parameter, source)
-    if (float if kind == "float" else int) not in types and not (kind == "int" and float in types):
-        allowed = "int" if int in types else "float" if float in types else "categorical, with values"
-        source.complain((*path, "type"), f"'{kind}': {name} must be {allowed}")
-        return parameter
-    return _complete_range(path, name, parameter.model_copy(update={"type": kind}), source)
-
-
-def _complete_choices(path: tuple[str, str], name: str, parameter: Parameter, source: Source) -> Parameter:
-    for key in ("low", "high", "step"):
-        if getattr(parameter, key) is not None:
-            source.complain((*path, key), "does not go with values; keep one of them")
-    if not parameter.values:
-        source.complain(path, "needs values: a list of choices")
-        return parameter
-    values = [_checked(name, item, (*path, "values", i), source) for i, item in enumerate(parameter.values)]
-    if len({(type(item), item) for item in values}) < len(values):
-        source.complain((*path, "values"), "the same value twice")
-    return parameter.model_copy(update={"type": "categorical", "values": values})
-
-
-def _complete_range(path: tuple[str, str], name: str, parameter: Parameter, source: Source) -> Parameter:
-    low, high, step = parameter.low, parameter.high, parameter.step
-    if parameter.values is not None:
-        source.complain((*path, "values"), f"does not go with type {parameter.type}")
-    if low is None or high is None:
-        source.complain(path, "needs low and high, or values")
-        return parameter
-    before = len(source.problems)
-    low = _checked(name, low, (*path, "low"), source)
-    high = _checked(name, high, (*path, "high"), source)
-    if len(source.problems) > before:
-        return parameter
-    if parameter.type == "int" and (int(low) != low or int(high) != high or (step is not None and int(step) != step)):
-        source.complain(path, "low, high and step of an int must be whole numbers")
-        return parameter
-    if low >= high:
-        source.complain((*path, "high"), f"{high} must be above low, {low}")
-    elif parameter.log and low <= 0:
-        source.complain((*path, "low"), f"{low} must be above 0 on a logarithmic scale")
-    elif parameter.log and step is not None:
-        source.complain((*path, "step"), "does not go with log: true")
-    elif step is not None and abs(round((high - low) / step) - (high - low) / step) > 1e-6:
-        last = low + math.floor((high - low) / step) * step
-        source.complain((*path, "high"), f"{high} is not low plus whole steps of {step}; write {last:g}")
-    convert = int if parameter.type == "int" else float
-    update = {"low": convert(low), "high": convert(high), "step": None if step is None else convert(step)}
-    return parameter.model_copy(update=update)
-
-
-def _check_name(space: Space, source: Source) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", space.name):
-        source.complain(("name",), f"{space.name!r}: use letters, digits, '.', '_' and '-', as in a folder's name")
-
-
-def _check_fixed(space: Space, source: Source) -> None:
-    for name, value in list(space.fixed.items()):
-        path = ("fixed", name)
-        if name in space.search:
-            source.complain(path, "is also searched; keep one of them")
-        elif _known_setting("fixed", name, source):
-            space.fixed[name] = _checked(name, value, path, source)
-            if name == "device" and re.fullmatch(r"cuda:\d+", str(value)):
-                index = str(value).removeprefix("cuda:")
-                source.complain(path, f"each trial sees one GPU: write cuda, and set CUDA_VISIBLE_DEVICES={index}")
-    for name, key in (("max_steps", "steps"), ("epochs", "epochs"), ("max_seconds", "seconds")):
-        if name in space.search and getattr(space.budget, key) is not None:
-            source.complain(("search", name), f"is also given by budget.{key}; keep one of them")
-
-
-def _check_constraints(space: Space, source: Source) -> None:
-    for index, text in enumerate(space.constraints):
-        try:
-            parse_constraint(text)
-        except ValueError as error:
-            source.complain(("constraints", index), str(error))
-
-
-def _check_conditions(space: Space, source: Source) -> None:
-    for name, parameter in space.search.items():
-        for other, values in (parameter.when or {}).items():
-            path = ("search", name, "when", other)
-            if other not in space.search:
-                source.complain(path, f"is not searched{nearest(other, list(space.search))}")
-                continue
-            choices = space.search[other].values
-            for value in values:
-                if choices is None:
-                    source.complain(path, f"{other} has a range; a condition needs one with values")
-                    break
-                if value not in choices:
-                    source.complain(path, f"{value!r} is not one of the values of {other}: {choices}")
-    if not source.problems and ordered(space.search) is None:
-        source.complain(("search",), "the conditions under `when` go in a circle")
-
-
 def ordered(search: Mapping[str, Parameter]) -> list[str] | None:
     """Names such that every setting comes after those that its condition names; None where that cannot be."""
     done: list[str] = []
@@ -542,21 +237,23 @@ def ordered(search: Mapping[str, Parameter]) -> list[str] | None:
     return done
 
 
-def _check_corners(space: Space, source: Source) -> None:
-    """Settings that are each allowed must also go together somewhere in the space."""
-    lows = {
-        name: parameter.values[0] if parameter.values else parameter.low for name, parameter in space.search.items()
-    }
-    highs = {
-        name: parameter.values[-1] if parameter.values else parameter.high for name, parameter in space.search.items()
-    }
-    mixed = {name: highs[name] if name.startswith("max_") else lows[name] for name in lows}
-    problems: list[str] = []
-    for corner in (mixed, lows, highs):
-        try:
-            build(TrainConfig, {**space.settings(corner), **space.trial_limits()}, source.name)
-            return
-        except ConfigError as error:
-            problems = problems or error.problems
-    for problem in problems:
-        source.complain(("search",), f"no trial could be trained: {problem}")
+def space_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each key whose value is not the same in two search spaces, apart from MAY_DIFFER."""
+    before, after = _flat(old), _flat(new)
+    lines = []
+    for key in sorted(set(before) | set(after)):
+        free = any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
+        one, other = before.get(key, "not set"), after.get(key, "not set")
+        if not free and one != other:
+            lines.append(f"{key}: {one} in the study, {other} now")
+    return lines
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result.update(_flat(value, f"{prefix}{key}."))
+        elif value is not None:
+            result[f"{prefix}{key}"] = value
+    return result

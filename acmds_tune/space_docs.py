@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from acmds_tune.space import Budget, Parameter, Resources, Space, Timeouts
-from acmds_tune.space_yaml import (
+from acmds_tune.space_aliases import (
     MOVED_KEYS,
     PARAMETER_ALIASES,
     PRUNER_ALIASES,

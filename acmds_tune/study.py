@@ -5,7 +5,6 @@ Here a proposal becomes settings to train with, and an end becomes what the samp
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -22,28 +21,20 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
-from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_optimizer.errors import ConfigError
+from acmds_tune.journal import JOURNAL, hold, mend
 from acmds_tune.objective import Ended, read_outcome
-from acmds_tune.space import Parameter, Space, derived_seed, ordered
+from acmds_tune.space import Parameter, Space, derived_seed, ordered, space_differences
 
 logger = logging.getLogger(__name__)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-JOURNAL = "journal.log"
-
 BAD_END_VIOLATION = 100.0
 """What the sampler is told of a trial that ran out of memory for good, raised, died or hung: far from feasible."""
 
-MAY_DIFFER = ("name", "trials", "timeouts", "resources", "budget.minutes")
-"""Keys of a search-space file that may change when a search is resumed: they do not change what a trial is."""
-
 PRUNER_REPORT_PERCENT = 5
 """A running trial is judged each time it has come this much further."""
-
-
-class StudyBusyError(ACMDSError):
-    """Another search is writing to this study."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class SearchStudy:
         """Start a study in the new folder `directory`. `fixed` is what `--set` added to the file."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
-        lock = _lock(directory)
+        lock = hold(directory)
         study = optuna.create_study(
             study_name=space.name,
             storage=_storage(directory),
@@ -116,7 +107,7 @@ class SearchStudy:
             ConfigError: there is no study, or `space` differs from what the study was started with.
             StudyBusyError: a search is writing to it.
         """
-        lock = _lock(directory)
+        lock = hold(directory)
         try:
             return cls._resume(directory, space, lock)
         except BaseException:
@@ -125,7 +116,7 @@ class SearchStudy:
 
     @classmethod
     def _resume(cls, directory: Path, space: Space, lock: int) -> SearchStudy:
-        mend_journal(directory / JOURNAL)
+        mend(directory / JOURNAL)
         about = read_about(directory)
         differences = space_differences(about["space"], space.model_dump(mode="json"))
         if differences:
@@ -303,41 +294,6 @@ def read_about(directory: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def space_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each key whose value is not the same in two search spaces, apart from MAY_DIFFER."""
-    before, after = _flat(old), _flat(new)
-    lines = []
-    for key in sorted(set(before) | set(after)):
-        free = any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
-        one, other = before.get(key, "not set"), after.get(key, "not set")
-        if not free and one != other:
-            lines.append(f"{key}: {one} in the study, {other} now")
-    return lines
-
-
-def mend_journal(path: Path) -> None:
-    """Cut off a last line that was written half when the search was killed, and a lock that it left."""
-    path.with_name(path.name + ".lock").unlink(missing_ok=True)
-    if not path.is_file():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        logger.warning("%s: cut off a last line that was written half", path)
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            result.update(_flat(value, f"{prefix}{key}."))
-        elif value is not None:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
 def _plain(value: Any) -> str:
     return "not measured" if value is None else f"{value:g}"
 
@@ -362,17 +318,6 @@ def _suggest(trial: optuna.trial.Trial, name: str, parameter: Parameter) -> Any:
 
 def _storage(directory: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
-
-
-def _lock(directory: Path) -> int:
-    """Hold the study for this process, as long as the returned descriptor is open."""
-    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise StudyBusyError(f"{directory}: another search is running in this study; wait for it or end it") from None
-    return descriptor
 
 
 def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:

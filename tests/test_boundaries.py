@@ -132,7 +132,7 @@ def test_only_the_memory_room_of_the_trainer_reads_or_caps_device_memory() -> No
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", ["acmds_optimizer.config", "acmds_optimizer.errors", "acmds_tune.space"])
+@pytest.mark.parametrize("module", ["acmds_optimizer.config", "acmds_optimizer.errors", "acmds_tune.space_load"])
 def test_modules_that_the_command_lines_need_at_once_load_nothing_slow(module: str) -> None:
     assert not modules_after(f"import {module}") & SLOW_TO_IMPORT
 

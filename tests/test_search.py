@@ -18,7 +18,8 @@ import pytest
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.driver import INTERRUPTED, OUT_OF_TIME
 from acmds_tune.search import ResourceError, SearchResult, quiet_ray, run_search
-from acmds_tune.space import Resources, Space, load
+from acmds_tune.space import Resources, Space
+from acmds_tune.space_load import load
 from tests.test_child import is_alive, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +153,7 @@ def test_after_kill_9_of_the_search_nothing_runs_and_it_can_be_resumed(
     code = (
         "import pathlib\n"
         "from acmds_tune.search import run_search\n"
-        "from acmds_tune.space import load\n"
+        "from acmds_tune.space_load import load\n"
         f"path = pathlib.Path({str(tmp_path / 's.yaml')!r})\n"
         f"run_search(load(path), pathlib.Path({str(directory)!r}), path.read_text(),\n"
         "           objective='tests.fake_objectives:waits_as_the_third')\n"

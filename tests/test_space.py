@@ -9,8 +9,9 @@ import pytest
 
 from acmds_optimizer.config import TrainConfig, build
 from acmds_optimizer.errors import ConfigError
-from acmds_tune.space import Space, derived_seed, load, ordered, parse_constraint
+from acmds_tune.space import Space, derived_seed, ordered, parse_constraint
 from acmds_tune.space_docs import with_current_tables
+from acmds_tune.space_load import load
 
 ROOT = Path(__file__).resolve().parent.parent
 SEARCH = "search:\n  lr: {low: 0.001, high: 0.1}\n"

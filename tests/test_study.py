@@ -12,9 +12,11 @@ import pytest
 from optuna.trial import TrialState
 
 from acmds_optimizer.errors import ConfigError
+from acmds_tune.journal import StudyBusyError, mend
 from acmds_tune.objective import Ended, write_outcome
-from acmds_tune.space import Space, load
-from acmds_tune.study import BAD_END_VIOLATION, SearchStudy, StudyBusyError, default_values, mend_journal, read_about
+from acmds_tune.space import Space
+from acmds_tune.space_load import load
+from acmds_tune.study import BAD_END_VIOLATION, SearchStudy, default_values, read_about
 from tests.fake_objectives import figures
 
 TEXT = """
@@ -250,7 +252,7 @@ def test_a_lock_that_a_killed_search_left_is_removed(tmp_path: Path) -> None:
     journal = tmp_path / "journal.log"
     journal.write_text("{}\n", encoding="utf-8")
     (tmp_path / "journal.log.lock").symlink_to(journal)
-    mend_journal(journal)
+    mend(journal)
     assert not (tmp_path / "journal.log.lock").is_symlink()
 
 

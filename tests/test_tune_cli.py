@@ -14,7 +14,8 @@ from acmds_tune import doctor
 from acmds_tune.cli import main
 from acmds_tune.doctor import Finding
 from acmds_tune.objective import Ended
-from acmds_tune.space import Space, load
+from acmds_tune.space import Space
+from acmds_tune.space_load import load
 from acmds_tune.study import SearchStudy
 from tests.fake_objectives import figures
 

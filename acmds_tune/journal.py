@@ -1,0 +1,43 @@
+"""The file that holds a study: who may write to it, and how it is mended after a kill. Knows nothing of Optuna."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+from acmds_optimizer.errors import ACMDSError
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "journal.log"
+"""Its name in the folder of the study."""
+
+
+class StudyBusyError(ACMDSError):
+    """Another search is writing to this study."""
+
+
+def hold(directory: Path) -> int:
+    """Hold the study for this process, as long as the returned descriptor is open."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StudyBusyError(f"{directory}: another search is running in this study; wait for it or end it") from None
+    return descriptor
+
+
+def mend(path: Path) -> None:
+    """Cut off a last line that was written half when the search was killed, and a lock that it left."""
+    path.with_name(path.name + ".lock").unlink(missing_ok=True)
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        logger.warning("%s: cut off a last line that was written half", path)
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
