@@ -56,7 +56,8 @@ def test_scores_survive_a_checkpoint_and_refuse_another_size():
 
 
 def test_the_dataset_hands_out_data_difficulty_cost_and_index():
-    dataset = DifficultyAwareDataset(["a", "b"], difficulty_scores=[0.25, 0.75], memory_costs=[1.0, 4.0])
+    letters: Any = ["a", "b"]
+    dataset = DifficultyAwareDataset(letters, difficulty_scores=[0.25, 0.75], memory_costs=[1.0, 4.0])
     item = dataset[-1]
     assert (item["data"], item["index"]) == ("b", 1)
     assert float(item["difficulty"]) == pytest.approx(0.75)
@@ -75,7 +76,7 @@ def test_the_dataset_hands_out_data_difficulty_cost_and_index():
 )
 def test_scores_and_costs_of_the_wrong_kind_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        DifficultyAwareDataset(["a", "b"], **arguments)
+        DifficultyAwareDataset(NUMBERS[:2], **arguments)
 
 
 # --- pacing
