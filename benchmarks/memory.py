@@ -16,7 +16,8 @@ lightning_binsearch (the packages' own search), halving and aimd (by hand), ours
 
 Scenarios: static; neighbour (another process wants 8 GB in the middle third); growing (image sides in four phases);
 heavy (each batch's side drawn, most small, few large); cold (the first images alone, search included; the column
-first_images_per_second says the same of the other scenarios).
+first_images_per_second says the same of the other scenarios). The scenario neighbour starts as static does, so there
+Lightning's systems begin with what they found in static, and are charged the seconds of that search but not its errors.
 """
 
 from __future__ import annotations
