@@ -118,24 +118,24 @@ def run_search(
     if console().is_terminal:
         console().print("starting Ray, which takes a few seconds")
     try:
-        with (
-            quiet_ray(space) as scratch,
-            Display(space.name, space.trials, list(space.search), told=study.told if study else 0) as display,
-        ):
+        with quiet_ray(space) as scratch:
             sharers = _sharers(space)
             if study is None:
                 study = SearchStudy.create(directory, space, yaml_text, fixed or {})
             _write_environment(directory)
-            driver = Driver(
-                study,
-                space,
-                objective=objective,
-                sharers=sharers,
-                request_stop=request_stop_by_file,
-                display=display,
-            )
-            with _interruptible(driver):
-                _fit(driver, space, scratch)
+            with Display(space.name, space.trials, list(space.search), told=study.told) as display:
+                driver = Driver(
+                    study,
+                    space,
+                    objective=objective,
+                    sharers=sharers,
+                    request_stop=request_stop_by_file,
+                    display=display,
+                )
+                with _interruptible(driver):
+                    _fit(driver, space, scratch)
+            # while Ray still runs: nothing that goes wrong in its shutdown can cost the report
+            return SearchResult(directory, write_all(directory), driver.ending, study.missing)
     except BaseException:
         if study is not None:
             write_tables(directory)
@@ -143,8 +143,6 @@ def run_search(
     finally:
         if study is not None:
             study.close()
-    best = write_all(directory)
-    return SearchResult(directory, best, driver.ending, study.missing)
 
 
 class _StudySearcher(Searcher):
