@@ -116,9 +116,9 @@ class Display:
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading in ("trial", "status"):
-            table.add_column(heading)
+            table.add_column(heading, no_wrap=True)
         for name in self._shown:
-            table.add_column(name, justify="right", overflow="ellipsis")
+            table.add_column(name.replace("_", " "), justify="right")  # a heading may take several lines
         for heading in ("samples/s", "oom", "val loss", "seconds"):
             table.add_column(heading, justify="right")
         for row in list(self._rows.values())[-ROWS:]:
