@@ -120,7 +120,7 @@ class Display:
         for name in self._shown:
             table.add_column(name.replace("_", " "), justify="right")  # a heading may take several lines
         for heading in ("samples/s", "oom", "val loss", "seconds"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=heading != "val loss")
         for row in list(self._rows.values())[-ROWS:]:
             figures = row.figures
             status = f"running {row.share:4.0%}" if row.status == "running" else row.status
