@@ -47,9 +47,10 @@ def losses(trainer: ACMDSTrainer, epochs: int = 2) -> list[float]:
 def test_graphs_give_the_losses_of_eager_mode(precision, micro_batch):
     settings = precision | {"min_batch_size": micro_batch, "max_batch_size": micro_batch, "effective_batch_size": 256}
     graphed = make(enable_cuda_graphs=True, **settings)
-    with_graphs = losses(graphed)
-    assert graphed.train_step.graphs is not None
-    assert graphed.train_step.graphs.largest > 0, "something was captured"
+    with graphed:
+        with_graphs = [graphed.train_epoch()["epoch_loss"] for _ in range(2)]
+        assert graphed.train_step.graphs is not None
+        assert graphed.train_step.graphs.largest > 0, "something was captured"
     assert with_graphs == pytest.approx(losses(make(**settings)), rel=0.02)
 
 
@@ -102,7 +103,7 @@ def test_a_real_error_on_the_card_leaves_the_run_as_it_was(amp_dtype):
     trainer = make(**settings)
     with trainer:
         got = [trainer.train_epoch()["epoch_loss"]]
-        squeeze(trainer, 1.05)  # without a word to the controller, which reads it only after the error
+        squeeze(trainer, 0.7)  # without a word to the controller, which reads it only after the error
         got.append(trainer.train_epoch()["epoch_loss"])
         squeeze(trainer, 8.0)
         got.append(trainer.train_epoch()["epoch_loss"])

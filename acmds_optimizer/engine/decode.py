@@ -189,6 +189,9 @@ class ChunkReader:
                 persistent_workers=True,
                 worker_init_fn=_ignore_interrupts,
                 generator=torch.Generator(),  # else the loader draws its seed from the global generator
+                # a fork has torch and the list of files at once; the other ways import for seconds a worker, and are
+                # the default from Python 3.14 on, and in every trial of a search
+                multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
             )
         self._requests.requests = requests
         chunks = iter(self._loader)
