@@ -145,8 +145,6 @@ def with_controller(plant: Plant, meter: Meter, variant: Variant) -> None:
         reading = controller.observe(result.micro_batch, work=result.micro_batch * work)
         plant.position += len(images)
         meter.step(len(images), result.micro_batch, reading)
-        if controller.wants_gc:
-            controller.emergency_gc()
 
 
 def system(variant: Variant) -> Callable[[Plant, Meter, Known], None]:

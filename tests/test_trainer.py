@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.machinery
 import itertools
 import json
@@ -31,7 +32,7 @@ from acmds_optimizer import (
 from acmds_optimizer.engine.step import parts
 from acmds_optimizer.engine.telemetry import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
-from acmds_optimizer.memory.device import BudgetedCpuMemory
+from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
 GIB = 2**30
 
@@ -437,3 +438,44 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         trainer.save_checkpoint(path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cached_blocks_that_stand_in_the_headroom_are_released_and_ever_less_often():
+    memory = _Caching(10 * GIB)
+    controller = MemoryPressureController(
+        "cpu", CurriculumConfig(target_headroom_gb=3, gc_threshold_gb=1), memory=memory
+    )
+    memory.reserved = 7 * GIB
+    controller.observe(4)
+    assert memory.released == []
+    released_at = []
+    for step in range(200):
+        memory.reserved = 8 * GIB  # 2 GB free: more than the threshold, less than the headroom
+        controller.observe(4)
+        if len(memory.released) > len(released_at):
+            released_at.append(step)
+    assert memory.released[0] == "cache"
+    gaps = [b - a for a, b in itertools.pairwise(released_at)]
+    assert gaps == sorted(gaps)
+    assert len(released_at) < 12
+    memory.reserved = int(9.5 * GIB)
+    controller.step += 1000
+    assert controller.emergency_gc()
+    assert memory.released[-1] == "garbage and cache"
+
+
+class _Caching(BudgetedCpuMemory):
+    """Reserves more than is allocated, as CUDA's allocator does."""
+
+    reserved = 0
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.released: list[str] = []
+
+    def read(self) -> MemoryReading:
+        return dataclasses.replace(super().read(), reserved_bytes=self.reserved, peak_reserved_bytes=self.reserved)
+
+    def release_cache(self, *, collect: bool = True) -> None:
+        self.released.append("garbage and cache" if collect else "cache")
+        self.reserved = 0

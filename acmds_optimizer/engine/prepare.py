@@ -35,10 +35,12 @@ def amp_dtype(config: CurriculumConfig, device: torch.device) -> torch.dtype | N
 
 
 def allow_tf32(config: CurriculumConfig) -> None:
-    """Let float32 matrix products and convolutions run in TF32, or forbid it. Applies to the process."""
-    precision = "tf32" if config.enable_tf32 else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    """Let float32 matrix products and convolutions run in TF32, or forbid it. Applies to the process.
+
+    Through the settings that other libraries read too: Lightning fails where it meets the newer, finer ones.
+    """
+    torch.set_float32_matmul_precision("high" if config.enable_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.enable_tf32
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

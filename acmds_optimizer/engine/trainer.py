@@ -192,6 +192,7 @@ class ACMDSTrainer:
         plan = self.sampler.plan
         if not self.controller.state.peaks.known:
             self._rehearse()
+            self.controller.memory.release_cache()  # sizes that are not used again have left their blocks
         with self.source.stream(
             plan.order, plan.weights, epoch=self.epoch, start=self.sampler.position, augment=True
         ) as stream:
@@ -248,7 +249,6 @@ class ACMDSTrainer:
             for timed, seconds in self._clock.timings():
                 self.controller.time(timed, seconds)
         self.model.zero_grad(set_to_none=True)
-        self.controller.begin_step()
 
     def _one_step(self, stream: EpochStream, began: float) -> None:
         before = self.controller.reading
@@ -312,14 +312,14 @@ class ACMDSTrainer:
     ) -> None:
         for event in result.events:
             self.recorder.out_of_memory(event, self._where(), recovered=True)
-        graphs = self.train_step.graphs
+        graphs, releases = self.train_step.graphs, self.controller.releases
         reading = self.controller.observe(sizes[0], peak_bytes=graphs.peak_bytes(sizes[0]) if graphs else None)
         for size, seconds in self._clock.timings():
             self.controller.time(size, seconds)
         if abs(reading.budget_bytes - budget_before) > _NEIGHBOUR_SHARE * self.controller.vram_total:
             change = (reading.budget_bytes - budget_before) / GIB
             self._event("neighbour_change", reading.peak_allocated_bytes, f"the budget changed by {change:+.2f} GB")
-        if self.controller.wants_gc and self.controller.emergency_gc():
+        if self.controller.releases > releases:
             self._event("emergency_gc", reading.peak_allocated_bytes, "cached blocks were released")
         row = {
             "step": self.step,

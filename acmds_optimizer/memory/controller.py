@@ -20,7 +20,7 @@ from acmds_optimizer.memory.model import PeakModel, TimeModel
 
 _REFERENCE_CARD_GB = 24.0
 _QUEUE_LENGTH = 1000
-_GC_PAUSE_STEPS = 50
+_LONGEST_RELEASE_PAUSE = 512
 
 
 class MemoryPressureLevel(enum.Enum):
@@ -81,10 +81,14 @@ class MemoryPressureController:
         self.step = 0
         self.metrics_queue: queue.Queue[MemoryReading] = queue.Queue(maxsize=_QUEUE_LENGTH)
         """Newest readings of the monitor thread; when it is full the oldest is dropped."""
+        self._gc_threshold_bytes = min(self.config.gc_threshold_gb, self.config.target_headroom_gb) * GIB
         self._reading = self.memory.read()
         self._reserved_ratio = 1.0
         self._highest_allocated = 0
-        self._next_gc_step = 0
+        self.releases = 0
+        """How often cached blocks were given back to keep the headroom."""
+        self._release_pause = 1
+        self._next_release_step = 0
         self._monitor: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -123,6 +127,8 @@ class MemoryPressureController:
     ) -> MemoryReading:
         """Learn from a finished step: reads the peak once, and starts the next.
 
+        Cached blocks that stand in the headroom are released.
+
         Args:
             batch: samples in its largest micro-batch.
             work: its work; None: `batch`.
@@ -148,6 +154,9 @@ class MemoryPressureController:
         )
         self.state = law.observe(self.state, seen, self.limits)
         self.step += 1
+        # reserved never falls by itself: what a larger step or an odd size has cached stays in the headroom
+        if not self._release_cache(reading, self._gc_threshold_bytes, collect=True):
+            self._release_cache(reading, self.limits.headroom_bytes, collect=False)
         return reading
 
     def time(self, batch: int, seconds: float) -> None:
@@ -190,30 +199,28 @@ class MemoryPressureController:
             ratio = reading.peak_reserved_bytes / reading.peak_allocated_bytes
             self._reserved_ratio += 0.3 * (max(1.0, min(ratio, 2.0)) - self._reserved_ratio)
 
-    @property
-    def wants_gc(self) -> bool:
-        """Whether at the last step boundary cached blocks held what should be free."""
-        reading = self._reading
-        free = reading.budget_bytes - reading.reserved_bytes
-        cached = reading.reserved_bytes - reading.allocated_bytes
-        return cached > 0 and self.step >= self._next_gc_step and free < self.limits.headroom_bytes
-
     def emergency_gc(self) -> bool:
-        """Release cached blocks if less than `gc_threshold_gb` (never more than the headroom) is free.
+        """Collect garbage and release cached blocks if less than `gc_threshold_gb` (at most the headroom) is free.
+
+        `observe` does it by itself after every step. It costs up to a tenth of a second, so while it is needed again
+        and again it is repeated after 1, 2, 4 and so on steps, up to 512.
 
         Returns:
-            Whether it was done. It is not repeated within 50 steps of one that released less than 1 % of the card.
+            Whether it was done.
         """
-        before = self.memory.read()
-        threshold = min(self.config.gc_threshold_gb, self.config.target_headroom_gb) * GIB
-        if before.budget_bytes - before.reserved_bytes >= threshold or self.step < self._next_gc_step:
+        return self._release_cache(self.memory.read(), self._gc_threshold_bytes, collect=True)
+
+    def _release_cache(self, reading: MemoryReading, threshold: float, *, collect: bool) -> bool:
+        cached = reading.reserved_bytes - reading.allocated_bytes
+        free = reading.budget_bytes - reading.reserved_bytes
+        if free >= threshold or cached <= 0 or self.step < self._next_release_step:
             return False
-        self.memory.release_cache()
-        after = self.memory.read()
-        self._reading = dataclasses.replace(self._reading, budget_bytes=after.budget_bytes)
+        self.memory.release_cache(collect=collect)
+        again = self.step < self._next_release_step + 4 * self._release_pause
+        self._release_pause = min(2 * self._release_pause, _LONGEST_RELEASE_PAUSE) if again else 1
+        self._next_release_step = self.step + self._release_pause
         self._highest_allocated = 0
-        released = before.reserved_bytes - after.reserved_bytes
-        self._next_gc_step = self.step + (_GC_PAUSE_STEPS if released < 0.01 * self.vram_total else 1)
+        self.releases += 1
         return True
 
     # --- what others ask

@@ -62,8 +62,8 @@ class MemoryDevice(ABC):
         """Start a new peak at what is allocated now."""
 
     @abstractmethod
-    def release_cache(self) -> None:
-        """Collect garbage and return cached, unused blocks to the driver."""
+    def release_cache(self, *, collect: bool = True) -> None:
+        """Return cached, unused blocks to the driver; collect garbage before, which takes longer."""
 
     @abstractmethod
     def watch(self) -> AbstractContextManager[Any]:
@@ -117,8 +117,9 @@ class CudaMemory(MemoryDevice):
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
 
-    def release_cache(self) -> None:
-        gc.collect()
+    def release_cache(self, *, collect: bool = True) -> None:
+        if collect:
+            gc.collect()
         torch.cuda.empty_cache()
 
     def watch(self) -> AbstractContextManager[Any]:
@@ -179,8 +180,9 @@ class BudgetedCpuMemory(MemoryDevice):
     def reset_peak(self) -> None:
         self._peak_bytes = self._live_bytes
 
-    def release_cache(self) -> None:
-        gc.collect()
+    def release_cache(self, *, collect: bool = True) -> None:
+        if collect:
+            gc.collect()
 
     def watch(self) -> AbstractContextManager[Any]:
         return _CountingMode(self)

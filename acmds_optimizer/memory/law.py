@@ -371,7 +371,9 @@ def _growth(state: State, limits: Limits, current: int, larger: list[int], sampl
     if not within:
         return current, "knee"
     if limits.knee_gain and state.peaks.sizes >= 2:
-        if state.times.count(current) < state.times.needed and state.held_steps < _TIMING_STEPS:
+        # a loop that never tells its times does not wait for them
+        waits = state.times.timings and state.held_steps < _TIMING_STEPS
+        if waits and state.times.count(current) < state.times.needed:
             return current, "timing"
         gain = state.times.gain(current, within)
         if gain is not None and gain < limits.knee_gain:
