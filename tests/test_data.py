@@ -602,7 +602,8 @@ def test_labels_that_are_no_class_numbers_are_refused():
 
 def test_workers_are_none_in_a_process_that_may_not_start_any(monkeypatch, caplog):
     monkeypatch.setattr(multiprocessing, "current_process", lambda: type("Process", (), {"daemon": True}))
-    assert decode.resolve_workers(3) == 0
+    with caplog.at_level("WARNING", logger=decode.logger.name):
+        assert decode.resolve_workers(3) == 0
     assert "may not start workers" in caplog.text
 
 
