@@ -281,7 +281,7 @@ def memory_over_steps(steps: pd.DataFrame, events: Sequence[Mapping[str, Any]], 
 
     def line(name: str, y: Any, colour: str, **more: Any) -> Figure:
         style = {"color": colour, "width": 1.5, **more.pop("line", {})}
-        values = [None if math.isnan(value) else round(value, 3) for value in y.tolist()]
+        values = [None if math.isnan(value) else float(f"{value:.4g}") for value in y.tolist()]
         return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": values, "line": style, **more}
 
     batch = {"yaxis": "y2", "showlegend": False}

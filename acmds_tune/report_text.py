@@ -150,7 +150,7 @@ def settings_table(names: Iterable[str], config: Mapping[str, Any], defaults: Ma
 def gigabytes(trial: TrialRecord, name: str) -> str:
     """A figure in GB, short."""
     value = trial.figures.get(name)
-    return number(value) if value is None else f"{value:.1f} GB"
+    return number(value) if value is None else f"{value:.3g} GB"
 
 
 def setting(value: Any) -> str:
