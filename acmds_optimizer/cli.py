@@ -117,6 +117,8 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
     """The configuration and the output folder, from the resumed run, the file and the flags, in rising order."""
     base: dict[str, Any] = {}
     if resume is not None:
+        if not resume.exists():
+            raise ConfigError("--resume", [f"{resume} does not exist; give the folder of a run, or its checkpoint"])
         folder = resume if resume.is_dir() else resume.parent
         if not (folder / "config.json").is_file():
             raise ConfigError("--resume", [f"{folder} holds no config.json, so it is not the folder of a run"])

@@ -373,7 +373,8 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path, stop_at):
 
     stopped = run_training(config, output_dir=tmp_path / "parts", should_stop=should_stop)
     assert stopped.stopped_early
-    run_training(config, output_dir=tmp_path / "parts", resume=tmp_path / "parts")
+    outcome = run_training(config, output_dir=tmp_path / "parts", resume=tmp_path / "parts")
+    assert (outcome.steps, outcome.samples) == (52, 2 * 1618), "the figures are of the whole run"
 
     whole = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
     resumed = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
@@ -381,7 +382,9 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path, stop_at):
         assert torch.equal(value, resumed["model"][name]), name
     assert torch.equal(whole["scores"]["average"], resumed["scores"]["average"])
     with (tmp_path / "parts" / "steps.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(52))
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(52))
+    assert int(rows[-1]["samples_seen"]) == 2 * 1618
 
 
 @pytest.mark.parametrize(
@@ -448,7 +451,7 @@ def test_cached_blocks_that_stand_in_the_headroom_are_released_and_ever_less_oft
     memory.reserved = 7 * GIB
     controller.observe(4)
     assert memory.released == []
-    released_at = []
+    released_at: list[int] = []
     for step in range(200):
         memory.reserved = 8 * GIB  # 2 GB free: more than the threshold, less than the headroom
         controller.observe(4)

@@ -81,7 +81,9 @@ def run_training(
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "config.json", to_dict(config))
         write_json(output_dir / "environment.json", environment(memory.device))
+        sums = trainer.recorder.state_dict()
         trainer.recorder = Recorder(output_dir, config.difficulty_window, trainer.step if state else None, logs)
+        trainer.recorder.load_state_dict(sums)
     logger.debug("ready to train %.1f s after the start", time.monotonic() - began)
     try:
         trainer.on_progress = on_progress

@@ -66,6 +66,10 @@ EVENT_COLUMNS = {
 """Columns of events.csv, and what they mean."""
 
 _FLUSH_ROWS = 50
+_SUMS = (
+    "figures", "peak_reserved_bytes", "headroom_min_bytes", "last_loss", "_window", "_epoch_loss", "_epoch_samples",
+    "_timed_samples", "_timed_seconds", "_all_samples", "_all_seconds",
+)  # fmt: skip
 _WARM_UP_STEPS = 10
 
 
@@ -287,6 +291,15 @@ class Recorder:
             "samples": int(self.figures["samples"]),
         }
         return Outcome(**{**defaults, **values})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums behind the figures, after `flush`, so that a resumed run reports the whole of it."""
+        return {name: getattr(self, name) for name in _SUMS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        for name in _SUMS:
+            setattr(self, name, state[name])
 
     def close(self) -> None:
         try:

@@ -455,6 +455,7 @@ class ACMDSTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to continue, as tensors and plain values."""
+        self.recorder.flush()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -469,6 +470,7 @@ class ACMDSTrainer:
                 "base_lrs": self._base_lrs,
                 "last_evaluation": self.last_evaluation,
             },
+            "recorder": self.recorder.state_dict(),
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -490,6 +492,7 @@ class ACMDSTrainer:
                 self.guard.scaler.load_state_dict(state["scaler"])
             self.controller.load_state_dict(state["controller"])
             self.sampler.load_state_dict(state["sampler"])
+            self.recorder.load_state_dict(state["recorder"])
             trainer = state["trainer"]
             self.epoch, self.step, self.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
             self._base_lrs = trainer["base_lrs"]
@@ -502,7 +505,6 @@ class ACMDSTrainer:
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write a checkpoint; a reader sees the old file or the whole new one."""
-        self.recorder.flush()
         checkpoint.save(path, self.state_dict())
 
     def load_checkpoint(self, path: str | Path) -> None:

@@ -1,0 +1,144 @@
+"""acmds-train as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from acmds_optimizer import cli
+from acmds_optimizer.config import TrainConfig, field_help, field_names, load, read_file, to_dict
+from acmds_optimizer.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CPU = ["--model", "small_cnn", "--dataset", "digits", "--device", "cpu", "--memory-limit-gb", "1"]
+CPU += ["--target-headroom-gb", "0.2"]
+
+
+def resolve(*arguments: str) -> TrainConfig:
+    """The configuration that a command line leads to."""
+    options = vars(cli.build_parser().parse_args(arguments))
+    flags = {name: value for name, value in options.items() if name not in ("config", "resume", "log_file", "quiet")}
+    return cli._resolve(options["config"], None, flags)[0]
+
+
+def test_every_setting_is_a_flag_with_its_help():
+    text = cli.build_parser().format_help()
+    for name in field_names():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field_help()[name], f"{name} has no text under it"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "--model resnet50 --dataset cifar10 --num-classes 10 --epochs 50",
+            {"model": "resnet50", "dataset": "cifar10", "num_classes": 10, "epochs": 50},
+        ),
+        (
+            "--model resnet50 --dataset cifar10 --target-headroom-gb 4.0 --min-batch-size 8 --max-batch-size 32",
+            {"target_headroom_gb": 4.0, "min_batch_size": 8, "max_batch_size": 32},
+        ),
+        (f"--config {REPOSITORY / 'config_example.json'}", {"effective_batch_size": 256, "epochs": 50}),
+        (
+            f"--config {REPOSITORY / 'config_example.json'} --epochs 3 --no-enable-amp",
+            {"epochs": 3, "enable_amp": False},
+        ),
+    ],
+)
+def test_the_command_lines_users_know_keep_their_meaning(line, expected):
+    config = resolve(*line.split())
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 0.5\nmin-batch-size: 7\n")
+    config: TrainConfig = load(path, {"lr": "0.25"})
+    assert (config.lr, config.min_batch_size, config.max_batch_size) == (0.25, 7, 64)
+
+
+def test_a_best_json_is_a_configuration_file(tmp_path):
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps({"acmds_study": {"trial": 3}, "config": to_dict(TrainConfig(lr=0.125))}))
+    assert load(path).lr == 0.125
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid YAML"),
+        ("- a\n- b\n", "must hold keys and values, but holds a list"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"c.yaml: 1 problem\n  {message}"):
+        read_file(path)
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"min_batch_sze": 3, "pid_kp": -1, "pacing": "foo"}))
+    assert cli.main(["--config", str(path), "--epochs", "many"]) == 2
+    message = capsys.readouterr().err
+    for part in ("4 problems", "did you mean 'min_batch_size'?", "pid_kp: -1", "pacing: 'foo'", "epochs: 'many'"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "nowhere", "--device", "cpu"], "no data set and no folder named 'nowhere'"),
+        (["--model", "resnet5", "--dataset", "digits", "--device", "cpu"], "did you mean resnet50"),
+        (["--resume", "nowhere"], "nowhere does not exist"),
+        (["--device", "tpu", "--dataset", "digits"], "use cuda, cuda:N or cpu"),
+        (["--config", "nowhere.json"], "nowhere.json: 1 problem"),
+        ([*CPU, "--num-classes", "3"], "num_classes"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_to_change(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_prints_its_figures_on_stdout_and_says_where_it_is(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*CPU, "--max-steps", "3", "--quiet", "--log-file", "log.txt"]) == 0
+    out, error = capsys.readouterr()
+    assert "steps: 3" in out.splitlines()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("digits_small_cnn_")
+    assert str(folder.relative_to(tmp_path)) in error
+    assert "epoch" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_can_be_resumed(number, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "acmds_optimizer.cli", *CPU, "--output-dir", str(run), "--epochs", "500"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"acmds-train --resume {run}" in error
+    before = len((run / "steps.csv").read_text().splitlines())
+    assert cli.main(["--resume", str(run), "--max-steps", str(before + 10), "--quiet"]) == 0
+    assert len((run / "steps.csv").read_text().splitlines()) == before + 10 + 1
