@@ -140,9 +140,9 @@ def with_controller(plant: Plant, meter: Meter, variant: Variant) -> None:
                 plant.scaler.scale(plant.loss(x, y) * (len(x) / len(images))).backward()
             guard.optimizer_step()
 
-        plant.track(images, targets)
+        plant.memory.track([images, targets])
         result = guard.run(attempt, decision.batch, sample_work=work)
-        reading = controller.observe(result.micro_batch, work=result.micro_batch * work)
+        reading = controller.observe(result.micro_batch, sample_work=work)
         plant.position += len(images)
         meter.step(len(images), result.micro_batch, reading)
 

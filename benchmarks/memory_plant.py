@@ -49,19 +49,14 @@ class Plant:
         )
         self.targets = torch.randint(0, setting.classes, (count,), device=self.device, generator=generator)
         self.position = 0
-        self.track(list(self.model.parameters()), list(self.model.buffers()), self.images, self.targets)
+        self.memory.track([list(self.model.parameters()), list(self.model.buffers()), self.images, self.targets])
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Fused AdamW with its state made ahead."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         create_optimizer_state(optimizer)
-        self.track([list(state.values()) for state in optimizer.state.values()])
+        self.memory.track([list(state.values()) for state in optimizer.state.values()])
         return optimizer
-
-    def track(self, *values: Any) -> None:
-        if isinstance(self.memory, BudgetedCpuMemory):
-            for value in values:
-                self.memory.track(value)
 
     def take(self, count: int, side: int) -> tuple[Tensor, Tensor]:
         """The next `count` images (count, 3, side, side) float32 in [0, 1] and their targets (count,)."""

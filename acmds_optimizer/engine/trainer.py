@@ -27,7 +27,7 @@ from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.errors import CheckpointError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice
-from acmds_optimizer.memory.guard import Guard, GuardedResult, create_optimizer_state, is_out_of_memory, track_on_cpu
+from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
 from acmds_optimizer.memory.law import Decision
 from acmds_optimizer.zoo.datasets import DataBundle
 
@@ -121,7 +121,6 @@ class ACMDSTrainer:
             allow_tf32(self.config)
         self.optimizer = optimizer
         _move_optimizer_state(optimizer, self.device)
-        create_optimizer_state(optimizer)
         dtype = amp_dtype(self.config, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -130,8 +129,6 @@ class ACMDSTrainer:
             self.model, self.guard, loss_fn or nn.CrossEntropyLoss(reduction="none"), dtype, channels_last,
             cuda_graphs=self._wants_graphs(),
         )  # fmt: skip
-        track_on_cpu(self.controller, list(model.parameters()), list(model.buffers()))
-        track_on_cpu(self.controller, [list(state.values()) for state in optimizer.state.values()])
 
     def _set_up_data(self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None) -> None:
         if isinstance(dataset, DifficultyAwareDataset):
@@ -226,7 +223,7 @@ class ACMDSTrainer:
         plan, failed, last = self.sampler.plan, 0, 0
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
             batch = stream.take(self.controller.limits.buckets[-1])
-        track_on_cpu(self.controller, batch.inputs, batch.targets)
+        self.controller.memory.track([batch.inputs, batch.targets])
         repeats = 1 + self.controller.state.times.needed
         for _ in range(_REHEARSALS):
             size = min(self.controller.decide().batch, len(batch))
@@ -255,7 +252,7 @@ class ACMDSTrainer:
         decision = self.controller.decide()
         hold = self.config.batch_policy == "hold"
         batch = stream.take(self.config.step_samples if hold else decision.batch)
-        track_on_cpu(self.controller, batch.inputs, batch.targets)
+        self.controller.memory.track([batch.inputs, batch.targets])
         lr = self._set_lr(len(batch))
         if decision.reason in ("shrink", "budget", "below_min"):
             self._drop_graphs_above(decision.batch)

@@ -121,7 +121,7 @@ class MemoryPressureController:
         self,
         batch: int,
         *,
-        work: float | None = None,
+        sample_work: float = 1.0,
         base_bytes: int | None = None,
         peak_bytes: int | None = None,
     ) -> MemoryReading:
@@ -131,7 +131,7 @@ class MemoryPressureController:
 
         Args:
             batch: samples in its largest micro-batch.
-            work: its work; None: `batch`.
+            sample_work: size of its largest sample relative to the usual one.
             base_bytes: allocated between steps; None: as read now.
             peak_bytes: peak of the step, where the allocator cannot tell (a replayed CUDA graph); None: as read.
 
@@ -147,7 +147,7 @@ class MemoryPressureController:
         seen = law.Observation(
             step=self.step,
             batch=batch,
-            work=work if work is not None else float(batch),
+            work=batch * sample_work,
             peak_bytes=reading.peak_allocated_bytes * self._reserved_ratio,
             base_bytes=float(base_bytes if base_bytes is not None else reading.allocated_bytes),
             budget_bytes=reading.budget_bytes,
@@ -164,7 +164,7 @@ class MemoryPressureController:
         self.state = law.time(self.state, batch, seconds, self.limits)
 
     def out_of_memory(
-        self, batch: int, shortage_bytes: int = 0, attempt: int = 1, *, work: float | None = None
+        self, batch: int, shortage_bytes: int = 0, attempt: int = 1, *, sample_work: float = 1.0
     ) -> law.Decision:
         """Learn from an out-of-memory error, after the step was undone.
 
@@ -172,7 +172,7 @@ class MemoryPressureController:
             batch: samples in its largest micro-batch.
             shortage_bytes: what was missing; 0 where it is not known.
             attempt: how many times in a row the step has failed now.
-            work: work of that micro-batch; None: `batch`.
+            sample_work: size of its largest sample relative to the usual one.
 
         Returns:
             The decision with the size to repeat it with.
@@ -184,7 +184,7 @@ class MemoryPressureController:
         failure = law.Failure(
             step=self.step,
             batch=batch,
-            work=work if work is not None else float(batch),
+            work=batch * sample_work,
             budget_bytes=self._reading.budget_bytes,
             shortage_bytes=shortage_bytes,
             attempt=attempt,

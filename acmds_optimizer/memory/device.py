@@ -65,6 +65,10 @@ class MemoryDevice(ABC):
     def release_cache(self, *, collect: bool = True) -> None:
         """Return cached, unused blocks to the driver; collect garbage before, which takes longer."""
 
+    def track(self, values: Any) -> None:
+        """Count tensors that were made outside `watch()`, in any nest of lists and dicts. CUDA counts them itself."""
+        del values
+
     @abstractmethod
     def watch(self) -> AbstractContextManager[Any]:
         """Within this context the device's budget is enforced and counted."""
@@ -159,7 +163,6 @@ class BudgetedCpuMemory(MemoryDevice):
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def track(self, values: Any) -> None:
-        """Count the storage of all tensors in `values`, any nest of lists, tuples, dicts or an iterable of tensors."""
         if isinstance(values, Iterable) and not isinstance(values, (torch.Tensor, dict, list, tuple)):
             values = list(values)
         for leaf in tree_leaves(values):

@@ -18,7 +18,6 @@ from torch import nn
 from acmds_optimizer.config import GIB
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
-from acmds_optimizer.memory.device import BudgetedCpuMemory
 
 Result = TypeVar("Result")
 
@@ -98,6 +97,8 @@ class GuardedResult(Generic[Result]):
 class Guard:
     """Runs optimizer steps so that an out-of-memory error leaves no trace but a smaller micro-batch.
 
+    The state of Adam, AdamW and SGD is created at once, so that the memory of the first step is that of all others.
+
     Args:
         model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
         optimizer: a fused one with a single parameter group and no scaler is atomic and needs no copy; others are
@@ -129,6 +130,9 @@ class Guard:
         self.others = others
         self._undo_optimizer: Callable[[], None] | None = None
         self._copy_on_host = False
+        create_optimizer_state(optimizer)
+        states = [list(state.values()) for state in optimizer.state.values()]
+        controller.memory.track([list(model.parameters()), list(model.buffers()), states])
 
     def run(
         self, attempt: Callable[[int], Result], micro_batch: int, *, sample_work: float = 1.0
@@ -225,7 +229,7 @@ class Guard:
     def _shrink(self, message: str, micro_batch: int, attempt: int, sample_work: float) -> OutOfMemoryEvent:
         peak = self.controller.memory.read().peak_allocated_bytes
         shortage = shortage_bytes(message)
-        decision = self.controller.out_of_memory(micro_batch, shortage, attempt, work=micro_batch * sample_work)
+        decision = self.controller.out_of_memory(micro_batch, shortage, attempt, sample_work=sample_work)
         return OutOfMemoryEvent(
             attempt=attempt,
             micro_batch=micro_batch,
@@ -364,10 +368,3 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         for value in optimizer.state[parameter].values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
-
-
-def track_on_cpu(controller: MemoryPressureController, *values: Any) -> None:
-    """Count these tensors on the card on the CPU; a CUDA device counts its own."""
-    if isinstance(controller.memory, BudgetedCpuMemory):
-        for value in values:
-            controller.memory.track(value)
