@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is run from the repository
 
-from benchmarks.soak import soak  # noqa: E402
+from benchmarks.soak import soak
 
 
 def test_no_sample_is_lost_with_heavy_tailed_sizes_and_a_neighbour_that_comes_and_goes():
