@@ -11,6 +11,7 @@ import math
 import sys
 import threading
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -482,3 +483,35 @@ class _Caching(BudgetedCpuMemory):
     def release_cache(self, *, collect: bool = True) -> None:
         self.released.append("garbage and cache" if collect else "cache")
         self.reserved = 0
+
+
+def rates(folder: Path, **settings: Any) -> dict[int, float]:
+    """Learning rate of each step of a run on digits, by the samples seen before it."""
+    config = TrainConfig(**DIGITS | {"epochs": 1, "batch_policy": "free", "lr": 0.008} | settings)
+    run_training(config, output_dir=folder)
+    with (folder / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {int(row["samples_seen"]) - int(row["effective_batch"]): float(row["lr"]) for row in rows}
+
+
+def test_the_learning_rate_follows_the_samples_seen_and_not_the_steps(tmp_path):
+    small = rates(tmp_path / "small", min_batch_size=16, max_batch_size=16)
+    large = rates(tmp_path / "large", min_batch_size=64, max_batch_size=64)
+    assert len(small) > 3 * len(large)
+    assert set(large) <= set(small)
+    assert all(small[seen] == pytest.approx(rate, rel=1e-5) for seen, rate in large.items())
+    assert max(large.values()) == pytest.approx(0.008, rel=0.02)
+    assert min(list(large.values())[-2:]) < 0.0008
+
+
+@pytest.mark.parametrize(("rule", "power"), [("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)])
+def test_a_free_batch_changes_the_learning_rate_by_the_stated_rule(rule, power):
+    trainer = make(
+        BudgetedCpuMemory(130_000), batch_policy="free", min_batch_size=1, max_batch_size=64, lr_scaling=rule,
+        target_headroom_gb=0.00001,
+    )  # fmt: skip
+    trainer.train_epoch()
+    expected = 0.01 * (trainer.controller.batch_size / 64) ** power
+    trainer._set_lr(trainer.controller.batch_size)
+    assert trainer.controller.batch_size < 64
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
