@@ -37,7 +37,7 @@ class Column:
 
 STATUSES: dict[str, str] = {
     "ok": "ran to its end and kept every constraint",
-    "infeasible": "ran to its end, but broke a constraint",
+    "infeasible": "ran to its end, but broke a constraint or has no value of an objective",
     "oom": "ran out of memory for good: nothing fitted",
     "crashed": "its process died",
     "timeout": "took too long, or was silent for too long",
