@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_tune.journal import make_room
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 
@@ -117,10 +118,8 @@ def _resume(arguments: argparse.Namespace) -> int:
 def _run(space: Space, directory: Path, yaml_text: str, fixed: dict[str, str], *, resume: bool) -> int:
     if resume and not directory.exists():
         resume = False
-    elif not resume and directory.exists():  # before Ray is even imported
-        raise ConfigError(
-            str(directory), ["this study exists; add --resume to go on with it, or give another one with --name"]
-        )
+    if not resume:  # before Ray is even imported
+        make_room(directory)
     from acmds_tune.search import run_search  # imports Ray and Optuna
 
     result = run_search(space, directory, yaml_text, fixed=fixed, resume=resume)

@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from acmds_optimizer.errors import ACMDSError
+from acmds_optimizer.errors import ACMDSError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +17,46 @@ JOURNAL = "journal.log"
 
 class StudyBusyError(ACMDSError):
     """Another search is writing to this study."""
+
+
+def make_room(directory: Path) -> None:
+    """Make the folders above that of a new study.
+
+    Raises:
+        ConfigError: the study exists, or its folder could not be made.
+    """
+    if directory.exists():
+        raise _exists(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_made(directory, str(error)) from None
+    if not os.access(directory.parent, os.W_OK | os.X_OK):
+        raise _cannot_be_made(directory, f"{directory.parent} is not writable")
+
+
+def make_new(directory: Path) -> None:
+    """Make the folder of a new study.
+
+    Raises:
+        ConfigError: it exists, perhaps since another search started a moment ago; or it cannot be made.
+    """
+    make_room(directory)
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        raise _exists(directory) from None
+    except OSError as error:
+        raise _cannot_be_made(directory, str(error)) from None
+
+
+def _exists(directory: Path) -> ConfigError:
+    problem = "this study exists; add --resume to go on with it, or give another one with --name"
+    return ConfigError(str(directory), [problem])
+
+
+def _cannot_be_made(directory: Path, why: str) -> ConfigError:
+    return ConfigError(str(directory), [f"cannot be made: {why}; give another folder with --results-dir"])
 
 
 def hold(directory: Path) -> int:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from acmds_optimizer.console import console
-from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_optimizer.errors import ACMDSError
+from acmds_tune.journal import make_room
 from acmds_tune.objective import DEFAULT_OBJECTIVE, Ended
 from acmds_tune.records import TrialRecord
 from acmds_tune.space import Space
@@ -110,10 +111,8 @@ def run_search(
         ResourceError: the device of the trials does not exist.
     """
     directory = directory.resolve()
-    if not resume and directory.exists():
-        raise ConfigError(
-            str(directory), ["this study exists; add --resume to go on with it, or give another one with --name"]
-        )
+    if not resume:
+        make_room(directory)
     study = SearchStudy.resume(directory, space) if resume else None
     if console().is_terminal:
         console().print("starting Ray, which takes a few seconds")

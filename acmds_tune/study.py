@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
-from acmds_tune.journal import JOURNAL, hold, mend
+from acmds_tune.journal import JOURNAL, hold, make_new, mend
 from acmds_tune.objective import Ended, read_outcome
 from acmds_tune.space import Parameter, Space, derived_seed, ordered, space_differences
 
@@ -71,8 +71,12 @@ class SearchStudy:
 
     @classmethod
     def create(cls, directory: Path, space: Space, yaml_text: str, fixed: Mapping[str, str]) -> SearchStudy:
-        """Start a study in the new folder `directory`. `fixed` is what `--set` added to the file."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Start a study in the new folder `directory`. `fixed` is what `--set` added to the file.
+
+        Raises:
+            ConfigError: the folder exists, or cannot be made.
+        """
+        make_new(directory)
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
         lock = hold(directory)
         study = optuna.create_study(
@@ -207,18 +211,25 @@ class SearchStudy:
         nothing about its settings; they are tried once more.
 
         Returns:
-            The trial's status: that of `ended`, or `infeasible` where it ended well but broke a constraint.
+            The trial's status: that of `ended`, or `infeasible` where it ended well but broke a constraint or has
+            no value of an objective.
         """
         trial = self._running.pop(number)
         figures = {**ended.figures, "seconds": ended.seconds}
         violations = [constraint.violation(figures.get(constraint.figure)) for constraint in self._constraints]
         status, reason = ended.status, ended.reason
-        broken = [text for text, value in zip(self.space.constraints, violations, strict=True) if value > 0]
-        if status == "ok" and broken:
+        broken = [
+            f"{text} ({_plain(figures.get(constraint.figure))})"
+            for text, constraint, value in zip(self.space.constraints, self._constraints, violations, strict=True)
+            if value > 0
+        ]
+        # not finite, or there were no validation samples: what the sampler is told in its place is not a result
+        unmeasured = [goal.name for goal in self.space.objective if figures.get(goal.name) is None]
+        if status == "ok" and (broken or unmeasured):
             status = "infeasible"
-            kept = {constraint.figure: figures.get(constraint.figure) for constraint in self._constraints}
-            reason = "broke " + ", ".join(f"{text} ({_plain(kept[text.split()[0]])})" for text in broken)
-        violations.append(self._end_violation(number, status))
+            parts = ["broke " + ", ".join(broken)] if broken else []
+            reason = "; ".join([*parts, *(f"{name} was not measured" for name in unmeasured)])
+        violations.append(max(self._end_violation(number, status), 1.0 if unmeasured else 0.0))
         for name, value in figures.items():
             trial.set_user_attr(name, value)
         trial.set_user_attr("reason", reason)

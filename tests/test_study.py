@@ -143,6 +143,21 @@ def test_a_good_end_that_broke_a_constraint_is_infeasible_and_says_which(create:
     assert trial.user_attrs["constraints"] == [3, pytest.approx(0.05), 0.0]
 
 
+def test_a_constraint_may_be_written_without_spaces(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT + 'constraints: ["val_accuracy>=0.95"]\n')
+    assert study.finish(study.propose().number, Ended("ok", "finished", figures(), 1.0)) == "infeasible"
+    assert trials(study)[0].user_attrs["reason"] == "broke val_accuracy>=0.95 (0.9)"
+
+
+def test_a_good_end_without_the_objective_measured_cannot_be_the_best(create: Callable[..., SearchStudy]) -> None:
+    study = create(TEXT + "objective: pareto\n")
+    unmeasured = {name: value for name, value in figures().items() if name != "val_loss"}  # it was not finite
+    assert study.finish(study.propose().number, Ended("ok", "finished", unmeasured, 1.0)) == "infeasible"
+    (trial,) = trials(study)
+    assert trial.user_attrs["reason"] == "val_loss was not measured"
+    assert trial.user_attrs["constraints"] == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("status", ["oom", "crashed", "timeout", "error"])
 def test_a_bad_end_is_told_as_complete_with_its_last_values_and_a_broken_constraint(
     create: Callable[..., SearchStudy], status: str
@@ -246,6 +261,13 @@ def test_a_journal_cut_anywhere_can_be_resumed(create: Callable[..., SearchStudy
     while again.missing:
         again.finish(again.propose().number, OK)
     assert sum(trial.state == TrialState.COMPLETE for trial in trials(study)) == 6
+
+
+def test_a_folder_that_another_search_has_just_made_is_left_as_it_is(create: Callable[..., SearchStudy]) -> None:
+    directory = create().directory
+    with pytest.raises(ConfigError, match="this study exists"):
+        create(TEXT.replace("seed: 3", "seed: 4"))
+    assert (directory / "study.yaml").read_text(encoding="utf-8") == TEXT
 
 
 def test_a_lock_that_a_killed_search_left_is_removed(tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ def test_wrong_usage_is_explained_and_has_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+def test_a_results_folder_that_cannot_be_made_is_said_before_anything_starts(
+    space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", str(space_file), "--results-dir", str(space_file)]) == 2
+    messages = capsys.readouterr().err
+    assert messages.startswith(f"acmds-tune: {space_file / 'mine'}: 1 problem\n  cannot be made: ")
+
+
 def test_an_existing_study_is_refused_before_anything_starts(
     study: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
