@@ -118,15 +118,14 @@ def canonical(raw: dict[str, Any], source: Source) -> dict[str, Any]:
     for key, value in raw.items():
         if key in REFUSED_TOP_LEVEL:
             source.complain((key,), REFUSED_TOP_LEVEL[key])
-        elif key in MOVED_KEYS:
-            section, name, convert = MOVED_KEYS[key]
-            _put(result.setdefault(section, {}), name, convert(value), (key,), (section, name), source)
-        else:
+        elif key not in MOVED_KEYS:
             new = TOP_LEVEL_ALIASES.get(key, key)
-            if new in ("budget", "resources") and isinstance(value, dict) and isinstance(result.get(new), dict):
-                result[new] = {**value, **result[new]}
-            else:
-                _put(result, new, value, (key,), (new,), source)
+            _put(result, new, value, (key,), (new,), source)
+    for key in (key for key in raw if key in MOVED_KEYS):  # into sections that may stand below them
+        section, name, convert = MOVED_KEYS[key]
+        result[section] = {} if result.get(section) is None else result[section]
+        if isinstance(result[section], dict):  # else it is said where the section is checked
+            _put(result[section], name, convert(raw[key]), (key,), (section, name), source)
     for key, aliases in (("sampler", SAMPLER_ALIASES), ("pruner", PRUNER_ALIASES)):
         if key in result:
             result[key] = _choice(key, result[key], aliases, source)
@@ -202,6 +201,9 @@ def _parameter(name: str, value: Any, fixed: dict[str, Any], source: Source) -> 
         if key in REFUSED_PARAMETER_KEYS:
             source.complain((*path, key), REFUSED_PARAMETER_KEYS[key])
         elif key == "_value":  # NNI
+            if not isinstance(item, list):
+                source.complain((*path, key), "must be a list")
+                continue
             names = ("low", "high", "step")
             parts = {"values": item} if value.get("_type") == "choice" else dict(zip(names, item, strict=False))
             for part, part_value in parts.items():

@@ -58,14 +58,21 @@ def load(
 
 
 def _apply_set(values: dict[str, Any], fixed: Mapping[str, str], source: Source) -> None:
-    target = dict(values.get("fixed") or {})
+    written, search = values.get("fixed") or {}, values.get("search")
+    if not isinstance(written, dict):
+        return  # said where the section is checked
+    target = dict(written)
     for name, text in fixed.items():
         key = name.replace("-", "_")
         source.origin[("fixed", key)] = (None, f"--set {name}")
-        if key in (values.get("search") or {}):
+        if isinstance(search, dict) and key in search:
             source.complain(("fixed", key), "is searched in the file; remove it there to fix it")
-        else:
+            continue
+        try:
             target[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or error
+            source.complain(("fixed", key), f"{text!r}: is not valid YAML: {why}; put the value in quotes of its own")
     if fixed:
         values["fixed"] = target
 

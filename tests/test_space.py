@@ -282,6 +282,34 @@ def test_set_replaces_a_fixed_setting_and_refuses_a_searched_one(read: Any, prob
     assert problems(text, fixed={"epochs": "x"})[0].startswith("--set epochs: 'x':")
 
 
+def test_a_set_value_that_is_no_yaml_is_a_problem_and_not_a_traceback(problems: Any) -> None:
+    assert problems(SEARCH, fixed={"data_dir": "@home"})[0].startswith("--set data_dir: '@home': is not valid YAML")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fixed: x\n" + SEARCH,
+        "fixed: {lr: 1}\nsearch: [lr]\n",
+        "search: true\n",
+        "resources: 1\nmax_concurrent_trials: 2\n" + SEARCH,
+        "search:\n  lr: {_type: uniform, _value: 3}\n",
+    ],
+)
+def test_a_section_of_the_wrong_kind_is_a_problem_and_not_a_traceback(problems: Any, text: str) -> None:
+    assert problems(text, fixed={"epochs": "3"})
+
+
+def test_a_key_of_ray_and_the_section_it_belongs_to_go_together_but_not_the_same_twice(
+    read: Any, problems: Any
+) -> None:
+    assert read("resources:\nmax_concurrent_trials: 2\n" + SEARCH).resources.concurrent_trials == 2
+    text = "max_concurrent_trials: 2\nresources: {concurrent_trials: 3}\n" + SEARCH
+    assert problems(text) == [
+        "line 1: max_concurrent_trials: the same as resources.concurrent_trials on line 2; keep one of them"
+    ]
+
+
 def test_options_of_the_command_line_replace_keys_of_the_file(read: Any) -> None:
     space = read("name: a\ntrials: 3\n" + SEARCH, overrides={"name": "b", "trials": None})
     assert (space.name, space.trials) == ("b", 3)
