@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmds_tune.child import Task
 from acmds_tune.objective import Ended
-from acmds_tune.report import write_tables
+from acmds_tune.report import write_data
 from acmds_tune.space import Space
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class Driver:
     @property
     def done(self) -> bool:
         """Nothing more is to be started."""
+        if not self.ending and self.study.missing == 0:
+            return True
         if not self.ending and self._durations:
             expected = statistics.median(self._durations)
             if time.monotonic() + expected > self._deadline:
@@ -131,7 +133,7 @@ class Driver:
             self._request_stop(self.study.trial_directory(number), reason)
 
     def ended(self, number: int, ended: Ended) -> None:
-        """A trial is over: write its row, and all tables."""
+        """A trial is over: write its row, all tables, and best.json."""
         running = self._running.pop(number)
         if not ended.seconds:
             ended = replace(ended, seconds=time.monotonic() - running.started)
@@ -140,7 +142,7 @@ class Driver:
         if not interrupted:
             self._durations.append(time.monotonic() - running.started)
         self._display.ended(number, status, ended)
-        write_tables(self.study.directory)
+        write_data(self.study.directory)
 
 
 def request_stop_by_file(directory: Path, reason: str) -> None:

@@ -185,13 +185,24 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def write_tables(study_dir: str | Path, study: StudyRecord | None = None) -> None:
-    """Write trials.csv and events.csv anew. Cheap enough to be called after each trial."""
+    """Write trials.csv and events.csv anew."""
     study_dir = Path(study_dir)
     study = study or load_study(study_dir)
     header = trial_columns(study.searched)
     write_atomically(study_dir / "trials.csv", _csv(header, (_row(trial, study) for trial in study.trials)))
     events = (event for trial in study.trials for event in read_events(study_dir, trial.number))
     write_atomically(study_dir / "events.csv", _csv([column.name for column in EVENT_COLUMNS], events))
+
+
+def write_data(study_dir: str | Path) -> None:
+    """Write trials.csv, events.csv and, where a trial is feasible, best.json: all that others read, but not the page.
+
+    Cheap enough to be called after each trial, so that whatever ends the search, what it found is there.
+    """
+    study = load_study(study_dir)
+    write_tables(study_dir, study)
+    if study.feasible:
+        write_best(study_dir, study)
 
 
 def write_best(study_dir: str | Path, study: StudyRecord | None = None) -> TrialRecord | None:

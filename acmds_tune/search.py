@@ -36,6 +36,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # a kill by it aborts the whole search
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # not 60: its server, once gone, never comes back
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -52,7 +53,7 @@ from ray.tune.search import Searcher  # noqa: E402
 
 from acmds_tune.driver import INTERRUPTED, Driver, request_stop_by_file  # noqa: E402
 from acmds_tune.progress import Display  # noqa: E402
-from acmds_tune.report import write_all, write_tables  # noqa: E402
+from acmds_tune.report import write_all, write_data, write_html  # noqa: E402
 from acmds_tune.study import SearchStudy  # noqa: E402
 from acmds_tune.trainable import TrialRunner  # noqa: E402
 
@@ -137,7 +138,7 @@ def run_search(
             return SearchResult(directory, write_all(directory), driver.ending, study.missing)
     except BaseException:
         if study is not None:
-            write_tables(directory)
+            write_data(directory)
         raise
     finally:
         if study is not None:
@@ -172,6 +173,10 @@ class _StudySearcher(Searcher):
         else:
             ended = Ended("crashed", "the process that watched over it died")
         self._driver.ended(self._numbers[trial_id], ended)
+        if self._driver.ending == INTERRUPTED and self._driver.idle:
+            # A signal to the whole process group ends Ray's server too: the next call of Ray then waits for it and
+            # aborts this process. So the page is written before that call.
+            write_html(self._driver.study.directory)
 
     def save(self, checkpoint_path: str) -> None:
         """The journal has it all."""

@@ -9,17 +9,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from acmds_optimizer.errors import ConfigError
-from acmds_tune.driver import INTERRUPTED, OUT_OF_TIME
-from acmds_tune.search import ResourceError, SearchResult, quiet_ray, run_search
+from acmds_tune.driver import INTERRUPTED, OUT_OF_TIME, Driver, request_stop_by_file
+from acmds_tune.objective import Ended
+from acmds_tune.progress import Display
+from acmds_tune.search import ResourceError, SearchResult, _StudySearcher, quiet_ray, run_search
 from acmds_tune.space import Resources, Space
 from acmds_tune.space_load import load
+from acmds_tune.study import SearchStudy
+from tests.fake_objectives import figures
 from tests.test_child import is_alive, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +109,43 @@ def test_ctrl_c_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
     assert list(rows.status) == ["ok", "stopped", "ok", "ok", "ok", "ok", "ok"]
     assert rows["config/lr"][2] == rows["config/lr"][1]
     assert rows["config/lr"].nunique() == 6
+
+
+def test_after_ctrl_c_everything_is_written_before_ray_is_called_again(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
+    space = load(tmp_path / "s.yaml")
+    study = SearchStudy.create(tmp_path / "s", space, TEXT, {})
+    options: dict[str, Any] = {"objective": "", "sharers": 1, "request_stop": request_stop_by_file}
+    driver = Driver(study, space, display=Display("s", 6, []), **options)
+    searcher = _StudySearcher(driver)
+    for name, ended in (("a", Ended("ok", "finished", figures(), 1.0)), ("b", Ended("stopped", INTERRUPTED, {}, 1.0))):
+        searcher.suggest(name)
+        if ended.status == "stopped":
+            assert (tmp_path / "s" / "best.json").is_file()  # whatever happens to the search from now on
+            driver.interrupt()
+        searcher.on_trial_complete(name, {"ended": json.dumps(asdict(ended))})
+    study.close()
+    assert list(pd.read_csv(tmp_path / "s" / "trials.csv").status) == ["ok", "stopped"]
+    assert (tmp_path / "s" / "report.html").is_file()
+
+
+def test_a_search_whose_trials_are_all_run_did_not_end_for_want_of_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now))
+    text = TEXT.replace("trials: 6", "trials: 1") + "budget: {minutes: 1}\n"
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    space = load(tmp_path / "s.yaml")
+    study = SearchStudy.create(tmp_path / "s", space, text, {})
+    options: dict[str, Any] = {"objective": "", "sharers": 1, "request_stop": request_stop_by_file}
+    driver = Driver(study, space, display=Display("s", 1, []), **options)
+    task = driver.next_task()
+    assert task is not None
+    now = 59.0
+    driver.ended(task.number, Ended("ok", "finished", figures(), 59.0))
+    study.close()
+    assert (driver.done, driver.ending) == (True, "")
 
 
 def test_a_trial_whose_watcher_dies_is_crashed_and_the_search_goes_on(search: Callable[..., SearchResult]) -> None:
