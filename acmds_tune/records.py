@@ -11,6 +11,9 @@ from typing import Any, Literal
 DONE = ("ok", "infeasible")
 """Statuses of trials that ran to their end, so that their figures can be compared."""
 
+MEMORY_FIGURES = ("oom_", "alloc_retries", "peak_reserved_gb", "headroom_")
+"""Beginnings of the figures that smaller batches or more headroom make better."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -134,9 +137,15 @@ def why_no_best(study: StudyRecord) -> str:
         )
         if broken:
             lines.append(f"{broken} ran to the end but broke the constraint {constraint}.")
-    if counts["oom"] or counts["infeasible"]:
+    broke_memory = any(
+        constraint.split()[0].startswith(MEMORY_FIGURES) and trial.violations[position] > 0
+        for position, constraint in enumerate(study.constraints)
+        for trial in study.trials
+        if trial.status == "infeasible" and len(trial.violations) > position
+    )
+    if counts["oom"] or broke_memory:
         lines.append("Search smaller max_batch_size or larger target_headroom_gb, or raise memory_limit_gb.")
-    elif counts["running"] < len(study.trials):
+    elif any(counts[status] for status in counts if status not in ("running", "infeasible")):
         lines.append("The reasons are in the column `reason` of trials.csv.")
     return " ".join(lines)
 

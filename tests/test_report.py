@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from acmds_optimizer.engine import telemetry
 from acmds_optimizer.errors import ConfigError
 from acmds_tune import report, report_figures, report_html
 from acmds_tune.columns import EVENT_COLUMNS, STATUSES, STEP_COLUMNS, trial_columns, with_current_tables
-from acmds_tune.records import choose_best, pareto_front, worst_first
+from acmds_tune.records import choose_best, pareto_front, why_no_best, worst_first
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -306,6 +307,16 @@ def test_without_a_feasible_trial_there_is_no_best_json_and_the_log_says_why(
     assert not (study.folder / "best.json").exists()
     assert "1 infeasible, 1 crashed" in caplog.text
     assert "oom_events <= 0" in caplog.text
+
+
+def test_the_hint_about_memory_is_given_only_where_memory_was_the_reason(study: Study) -> None:
+    study.add(100.0, oom_events=2)
+    record = report.load_study(study.folder)
+    assert "max_batch_size" in why_no_best(record)
+    accuracy = replace(record, constraints=["val_accuracy >= 0.99"])
+    text = why_no_best(accuracy)
+    assert "broke the constraint val_accuracy >= 0.99" in text
+    assert "max_batch_size" not in text
 
 
 # --- the page
