@@ -27,7 +27,7 @@ EPILOG = """examples:
   acmds-train --model resnet50 --dataset path/to/images --target-headroom-gb 4 --min-batch-size 8 --max-batch-size 32
   acmds-train --resume runs/my_run
 
-Flags override the file, the file overrides the defaults. GB are 2**30 bytes."""
+Flags override the file, the file overrides the defaults; `none` takes back what may be none. GB are 2**30 bytes."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,11 +105,12 @@ def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
 
     for name, value in to_plain(outcome).items():
         print(f"{name}: {value}")
-    if stop.asked:
+    if stop.asked and outcome.stopped_early:
         kept = f"; continue with: acmds-train --resume {output_dir}" if (output_dir / CHECKPOINT).exists() else ""
         print(f"acmds-train: interrupted after step {outcome.steps}{kept}", file=sys.stderr)
         return 130
-    print(f"acmds-train: done; records and checkpoint are in {output_dir}", file=sys.stderr)
+    kept = "records and checkpoint are" if (output_dir / CHECKPOINT).exists() else "the records are"
+    print(f"acmds-train: done; {kept} in {output_dir}", file=sys.stderr)
     return 0
 
 
@@ -125,6 +126,11 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
         base = read_file(folder / "config.json")
         flags = {"output_dir": str(folder), **flags}
     from_file = read_file(config_file) if config_file else {}
+    kinds = field_types()
+    flags = {
+        name: None if value == "none" and type(None) in get_args(kinds[name]) else value
+        for name, value in flags.items()
+    }
     config = build(TrainConfig, {**base, **from_file, **flags}, config_file or "command line")
     if config.output_dir is not None:
         return config, Path(config.output_dir)

@@ -32,7 +32,7 @@ from acmds_optimizer import (
 )
 from acmds_optimizer.engine.step import parts
 from acmds_optimizer.engine.telemetry import EVENT_COLUMNS, STEP_COLUMNS
-from acmds_optimizer.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
 GIB = 2**30
@@ -438,7 +438,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ACMDSError, match="No space"):
         trainer.save_checkpoint(path)
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]

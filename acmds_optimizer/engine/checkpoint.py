@@ -11,15 +11,30 @@ from typing import Any
 
 import torch
 
-from acmds_optimizer.errors import CheckpointError
+from acmds_optimizer.errors import ACMDSError, CheckpointError
 
 FORMAT = "acmds-checkpoint"
 VERSION = 1
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) to `path`; a reader sees the old file or the whole new one."""
+    """Write `state` (tensors and plain values) to `path`; a reader sees the old file or the whole new one.
+
+    Raises:
+        ACMDSError: the disk is full, or the folder cannot be written; an old file is still there.
+    """
     path = Path(path)
+    try:
+        _write(path, state)
+    except (OSError, RuntimeError) as error:
+        # torch's writer covers an OSError with a RuntimeError of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise ACMDSError(f"{path}: the checkpoint cannot be written: {cause}") from error
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

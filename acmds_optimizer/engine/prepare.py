@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
+from acmds_optimizer.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,16 @@ def allow_tf32(config: CurriculumConfig) -> None:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer the configuration names, fused (it allocates nothing in its step) where the device has it."""
+    """The optimizer the configuration names, fused (it allocates nothing in its step) where the device has it.
+
+    Raises:
+        DataError: all parameters are frozen.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise DataError(
+            f"model {config.model!r}: none of its parameters requires a gradient, so nothing can be trained"
+        )
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": lambda **kw: torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **kw),
         "sgd": lambda **kw: torch.optim.SGD(

@@ -22,7 +22,7 @@ from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
 from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
-from acmds_optimizer.errors import ConfigError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import open_memory
 from acmds_optimizer.zoo.datasets import build_data
 from acmds_optimizer.zoo.models import build_model
@@ -58,7 +58,7 @@ def run_training(
             OutOfMemoryForGoodError has the figures until then in `partial`.
         RuntimeError: CUDA is not available and the CPU was not asked for.
     """
-    if output_dir is not None and resume is None and _holds_a_run(output_dir):
+    if output_dir is not None and not _continues(resume, output_dir) and _holds_a_run(output_dir):
         raise ConfigError("output_dir", [f"{output_dir} holds a run already; use --resume, or another folder"])
     began = time.monotonic()
     torch.manual_seed(config.seed)
@@ -69,7 +69,7 @@ def run_training(
     model = build_model(config.model, bundle.num_classes, in_channels=bundle.image_shape[0], image_size=size)
     if memory.device.type == "cuda":
         torch.cuda.manual_seed(config.seed)
-    state = checkpoint.load(resume) if resume is not None else None
+    state = _with_settings(checkpoint.load(resume), config) if resume is not None else None
     trainer = ACMDSTrainer(
         model, bundle.train, build_optimizer(model, config), config,
         memory=memory, val_dataset=bundle.val, bundle=bundle,
@@ -77,9 +77,12 @@ def run_training(
     if state is not None:
         trainer.load_state_dict(state)
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
-        logs = open_scalar_logs(config, output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "config.json", to_dict(config))
+        try:
+            logs = open_scalar_logs(config, output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(output_dir / "config.json", to_dict(config))
+        except OSError as error:
+            raise ConfigError("output_dir", [f"{output_dir} cannot be written: {error}"]) from None
         write_json(output_dir / "environment.json", environment(memory.device))
         sums = trainer.recorder.state_dict()
         trainer.recorder = Recorder(output_dir, config.difficulty_window, trainer.step if state else None, logs)
@@ -134,6 +137,26 @@ def _outcome(trainer: ACMDSTrainer) -> Outcome:
         seconds=trainer.seconds,
         stopped_early=not trainer.finished,
     )
+
+
+def _with_settings(state: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The checkpoint with the optimizer's settings of `config`, which otherwise would be those it was saved with.
+
+    Raises:
+        CheckpointError: it belongs to another model or optimizer.
+    """
+    before = state["config"]
+    for name in ("model", "optimizer"):
+        if before.get(name, now := getattr(config, name)) != now:
+            raise CheckpointError(f"the checkpoint is of {name} {before[name]!r}, so it cannot go on as {now!r}")
+    state["trainer"]["base_lrs"] = [config.lr for _ in state["trainer"]["base_lrs"]]
+    for group in state["optimizer"]["param_groups"]:
+        group["weight_decay"] = config.weight_decay
+    return state
+
+
+def _continues(resume: Path | None, folder: Path) -> bool:
+    return resume is not None and (resume if resume.is_dir() else resume.parent).resolve() == folder.resolve()
 
 
 def _holds_a_run(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
+from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.guard import Guard
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -91,13 +92,22 @@ class TrainStep:
         return losses.detach()
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """The model's outputs (B, C), in float32 where the model computed in half precision."""
+        """The model's outputs (B, C), in float32 where the model computed in half precision.
+
+        Raises:
+            DataError: the model gives something else than one tensor.
+        """
         if self.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         # a cached cast of a weight would be made in one graph and read in another
         cache = self.graphs is None
         with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
-            outputs: Tensor = self.model(inputs)
+            outputs = self.model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise DataError(
+                f"{type(self.model).__name__} must give one tensor of logits (B, C), but gives a "
+                f"{type(outputs).__name__}: wrap it in a module that picks the logits"
+            )
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 

@@ -110,8 +110,9 @@ class CsvLog:
             return
         kept: list[dict[str, str]] = []
         if keep_below_step is not None and path.exists():
-            with path.open(newline="") as old:
-                kept = [row for row in csv.DictReader(old) if int(row["step"]) < keep_below_step]
+            with path.open(newline="", encoding="utf-8") as old:
+                rows = csv.DictReader(old)  # the last one is cut off where a full disk or a kill ended the run
+                kept = [row for row in rows if None not in row.values() and int(row["step"]) < keep_below_step]
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self._columns)
         self._writer.writeheader()
