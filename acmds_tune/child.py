@@ -138,7 +138,7 @@ class TrialProcess:
             os.killpg(self.pid, signal.SIGKILL)
         if self._process.exitcode is None:  # it has not made its own group yet
             self._process.kill()
-        self._process.join()
+        self._process.join(STOP_GRACE_S)  # not for ever: a process stuck in a driver cannot be killed
 
     def _drain(self) -> dict[str, Any] | None:
         news = None

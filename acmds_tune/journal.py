@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from acmds_optimizer.errors import ACMDSError, ConfigError
@@ -57,6 +60,17 @@ def _exists(directory: Path) -> ConfigError:
 
 def _cannot_be_made(directory: Path, why: str) -> ConfigError:
     return ConfigError(str(directory), [f"cannot be made: {why}; give another folder with --results-dir"])
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within this context a journal is read; one that is damaged before its last line is a ConfigError."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        text = error.doc[:40].strip()
+        problem = f"is damaged: a line is not what was written there ({text!r}); put a copy of the file in its place"
+        raise ConfigError(str(path), [problem]) from None
 
 
 def hold(directory: Path) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.columns import CONFIG_PREFIX, EVENT_COLUMNS, FIGURES, STATUSES, Column, trial_columns
+from acmds_tune.journal import JOURNAL, readable
 from acmds_tune.records import DONE, Objective, StudyRecord, TrialRecord, choose_best, why_no_best
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "journal.log"
 FEWEST_TRIALS_FOR_IMPORTANCES = 10
 """Below this the best tenth of the trials is a single trial, and importances say nothing."""
 
@@ -100,11 +100,12 @@ def _open(study_dir: str | Path) -> optuna.Study:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    names = optuna.get_all_study_names(storage)
-    if not names:
-        raise ConfigError(str(journal), ["holds no study"])
-    return optuna.load_study(study_name=names[0], storage=storage)
+    with readable(journal):
+        storage = JournalStorage(JournalFileBackend(str(journal)))
+        names = optuna.get_all_study_names(storage)
+        if not names:
+            raise ConfigError(str(journal), ["holds no study"])
+        return optuna.load_study(study_name=names[0], storage=storage)
 
 
 def _record(study: optuna.Study, study_dir: Path) -> StudyRecord:

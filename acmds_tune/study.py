@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
-from acmds_tune.journal import JOURNAL, hold, make_new, mend
+from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
 from acmds_tune.objective import Ended, read_outcome
 from acmds_tune.space import Parameter, Space, derived_seed, ordered, space_differences
 
@@ -297,9 +297,10 @@ def read_about(directory: Path) -> dict[str, Any]:
     """
     if not (directory / JOURNAL).is_file():
         raise ConfigError(str(directory), [f"is not the folder of a study: it has no {JOURNAL}"])
-    storage = _storage(directory)
-    names = optuna.get_all_study_names(storage)
-    about = optuna.load_study(study_name=names[0], storage=storage).user_attrs.get("acmds") if names else None
+    with readable(directory / JOURNAL):
+        storage = _storage(directory)
+        names = optuna.get_all_study_names(storage)
+        about = optuna.load_study(study_name=names[0], storage=storage).user_attrs.get("acmds") if names else None
     if not about:
         raise ConfigError(str(directory / JOURNAL), ["holds no study of acmds-tune"])
     return dict(about)

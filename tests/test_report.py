@@ -59,7 +59,7 @@ class Study:
         folder.mkdir(exist_ok=True)
         self.study = optuna.create_study(
             study_name=name,
-            storage=JournalStorage(JournalFileBackend(str(folder / report.JOURNAL))),
+            storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
             directions=[objective["direction"] for objective in objectives],
         )
         about = {
@@ -438,3 +438,9 @@ def test_the_tables_in_the_documentation_are_current() -> None:
     text = (Path(__file__).parent.parent / "docs" / "reports.md").read_text(encoding="utf-8")
     assert with_current_tables(text) == text, "run: python -m acmds_tune.columns docs/reports.md"
     assert all(f"`{status}`" in text for status in STATUSES)
+
+
+def test_a_journal_that_is_damaged_before_its_end_is_named(tmp_path):
+    (tmp_path / "journal.log").write_text('{"op_code": 0, "worker_id"\n{"op_code": 0}\n{"op_code": 0}\n')
+    with pytest.raises(ConfigError, match=r"journal\.log: 1 problem\n  is damaged: a line is not what was written"):
+        report.load_study(tmp_path)

@@ -21,7 +21,13 @@ from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError, Dat
 
 
 def config(**settings: Any) -> TrainConfig:
-    defaults = {"model": "small_cnn", "dataset": "digits", "device": "cpu", "enable_amp": False, "max_steps": 2}
+    defaults: dict[str, Any] = {
+        "model": "small_cnn",
+        "dataset": "digits",
+        "device": "cpu",
+        "enable_amp": False,
+        "max_steps": 2,
+    }
     return TrainConfig(**(defaults | settings))
 
 
@@ -43,7 +49,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def models(monkeypatch) -> str:
-    module = types.ModuleType("review_models")
+    module: Any = types.ModuleType("review_models")
     module.pair = lambda num_classes: Tiny(num_classes, pair=True)
     module.frozen = lambda num_classes: Tiny(num_classes, frozen=True)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -51,7 +57,7 @@ def models(monkeypatch) -> str:
 
 
 def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_it_is_given(tmp_path):
-    settings = {"lr_schedule": "constant", "warmup_fraction": 0.0}
+    settings: dict[str, Any] = {"lr_schedule": "constant", "warmup_fraction": 0.0}
     run_training(config(lr=0.001, **settings), output_dir=tmp_path)
     now = config(lr=0.5, weight_decay=0.25, max_steps=4, **settings)
     run_training(now, output_dir=tmp_path, resume=tmp_path)
@@ -137,3 +143,49 @@ def test_a_run_without_checkpoints_does_not_promise_one(tmp_path, capsys):
     flags = ["--model", "small_cnn", "--dataset", "digits", "--device", "cpu", "--max-steps", "2", "--quiet"]
     assert cli.main([*flags, "--checkpoint-every", "0", "--output-dir", str(tmp_path / "run")]) == 0
     assert f"done; the records are in {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_a_last_sample_joins_the_batch_before_it():
+    # 1,797 digits, all for training: 1,796 and one, which BatchNorm would refuse alone
+    outcome = run_training(config(val_fraction=0.0, effective_batch_size=1796, max_batch_size=1796, epochs=1))
+    assert (outcome.steps, outcome.samples) == (1, 1797)
+
+
+def test_a_model_with_too_few_outputs_is_refused_before_it_trains(models):
+    sys.modules[models].few = lambda num_classes: Tiny(3)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="3 outputs for 10 classes"):
+        run_training(config(model=f"{models}:few"))
+
+
+def test_a_validation_that_cannot_fit_says_so(monkeypatch):
+    from acmds_optimizer.engine.trainer import ACMDSTrainer
+    from acmds_optimizer.errors import OutOfMemoryForGoodError
+
+    tried = []
+
+    def out_of_memory(self: ACMDSTrainer, batch_size: int) -> dict[str, float]:
+        tried.append(batch_size)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(ACMDSTrainer, "_evaluate", out_of_memory)
+    with pytest.raises(OutOfMemoryForGoodError, match="not one sample can be validated"):
+        run_training(config())
+    assert tried[-1] == 1
+    assert tried == sorted(tried, reverse=True)
+
+
+def test_who_asks_to_stop_does_not_wait_for_a_validation(tmp_path, monkeypatch):
+    from acmds_optimizer.engine.trainer import ACMDSTrainer
+
+    monkeypatch.setattr(ACMDSTrainer, "evaluate", lambda self: pytest.fail("validated"))
+    asked = iter([False, False, False, *[True] * 20])  # after the second step
+    outcome = run_training(config(max_steps=None), output_dir=tmp_path, should_stop=lambda: next(asked))
+    assert (outcome.steps, outcome.stopped_early) == (2, True)
+    assert checkpoint.load(tmp_path)["trainer"]["step"] == 2
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_figures(tmp_path):
+    first = run_training(config(max_steps=None, epochs=1), output_dir=tmp_path)
+    again = run_training(config(max_steps=None, epochs=1), output_dir=tmp_path, resume=tmp_path)
+    assert first.train_loss is not None
+    assert (again.train_loss, again.val_accuracy, again.steps) == (first.train_loss, first.val_accuracy, first.steps)

@@ -24,7 +24,7 @@ from acmds_optimizer.engine.data import make_source
 from acmds_optimizer.engine.prepare import allow_tf32, amp_dtype, checkpoint_activations, schedule_factor
 from acmds_optimizer.engine.step import LossFunction, StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
-from acmds_optimizer.errors import CheckpointError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import CheckpointError, DataError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice
 from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
@@ -136,6 +136,7 @@ class ACMDSTrainer:
         else:
             self.dataset = DifficultyAwareDataset(dataset, alpha=self.config.curriculum_alpha)
         self.dataset.scores.to(self.device)
+        self._num_classes = bundle.num_classes if bundle is not None else None
         self.source = make_source(self.dataset.base_dataset, bundle, self.config, self.device, train=True)
         self.val_source = make_source(val, bundle, self.config, self.device, train=False) if val is not None else None
         self.total_epochs = self.config.epochs if isinstance(self.config, TrainConfig) else 10
@@ -224,6 +225,7 @@ class ACMDSTrainer:
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
             batch = stream.take(self.controller.limits.buckets[-1])
         self.controller.memory.track([batch.inputs, batch.targets])
+        self._check_outputs(batch)
         repeats = 1 + self.controller.state.times.needed
         for _ in range(_REHEARSALS):
             size = min(self.controller.decide().batch, len(batch))
@@ -247,11 +249,28 @@ class ACMDSTrainer:
                 self.controller.time(timed, seconds)
         self.model.zero_grad(set_to_none=True)
 
+    def _check_outputs(self, batch: Batch) -> None:
+        """On CUDA a label without an output is an assertion in a kernel, after which the process is of no use."""
+        if self._num_classes is None:
+            return
+        self.model.eval()
+        with torch.no_grad():
+            outputs = self.train_step.logits(batch.inputs[:1])
+        self.model.train()
+        if outputs.shape[-1] < self._num_classes:
+            raise DataError(
+                f"the model has {outputs.shape[-1]} outputs for {self._num_classes} classes; "
+                "build it with num_classes outputs"
+            )
+
     def _one_step(self, stream: EpochStream, began: float) -> None:
         before = self.controller.reading
         decision = self.controller.decide()
         hold = self.config.batch_policy == "hold"
-        batch = stream.take(self.config.step_samples if hold else decision.batch)
+        count = self.config.step_samples if hold else decision.batch
+        if stream.remaining == count + 1:
+            count += 1  # a batch of one sample has no variance, and BatchNorm refuses it
+        batch = stream.take(count)
         self.controller.memory.track([batch.inputs, batch.targets])
         lr = self._set_lr(len(batch))
         if decision.reason in ("shrink", "budget", "below_min"):
@@ -416,8 +435,11 @@ class ACMDSTrainer:
                     self.last_evaluation = self._evaluate(batch)
                 break
             except Exception as error:
-                if not is_out_of_memory(error) or batch == 1:
+                if not is_out_of_memory(error):
                     raise
+                message = str(error).splitlines()[0]
+            if batch == 1:
+                raise OutOfMemoryForGoodError(f"out of memory: not one sample can be validated. {message}")
             batch = max(1, batch // 2)
             self.controller.memory.release_cache()
         self.controller.begin_step()
@@ -444,7 +466,8 @@ class ACMDSTrainer:
         """Train and validate until the configured end or `should_stop`; `on_epoch` is called after each epoch."""
         while not self.finished and not self.should_stop():
             figures = self.train_epoch()
-            figures |= self.evaluate()
+            if not self.should_stop():  # who asked to stop wants the checkpoint, not to wait for a validation
+                figures |= self.evaluate()
             if on_epoch is not None:
                 on_epoch(figures)
 
@@ -466,6 +489,7 @@ class ACMDSTrainer:
                 "seconds": self.seconds,
                 "base_lrs": self._base_lrs,
                 "last_evaluation": self.last_evaluation,
+                "last_epoch_loss": self.last_epoch_loss,
             },
             "recorder": self.recorder.state_dict(),
             "rng": {
@@ -494,6 +518,7 @@ class ACMDSTrainer:
             self.epoch, self.step, self.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
             self._base_lrs = trainer["base_lrs"]
             self.last_evaluation = trainer["last_evaluation"]
+            self.last_epoch_loss = trainer["last_epoch_loss"]
             torch.set_rng_state(state["rng"]["cpu"].cpu())
             if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)

@@ -354,6 +354,8 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) or any(p in optimizer.state for p in parameters):
         return
+    if any(group.get("dampening") for group in optimizer.param_groups):
+        return  # the first momentum buffer of SGD is the whole gradient, which one from zero would dampen
     settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     grads = [p.grad for p in parameters]
     for group in optimizer.param_groups:
