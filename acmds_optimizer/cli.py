@@ -228,6 +228,7 @@ def _set_up_logging(log_file: str | None, *, quiet: bool) -> None:
         from acmds_optimizer.console import console
 
         handlers.append(RichHandler(console=console(), show_path=False, log_time_format="%H:%M:%S"))
+        handlers[0].setFormatter(logging.Formatter("%(message)s"))  # time and level have columns of their own
     else:
         handlers.append(logging.StreamHandler(sys.stderr))
         handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))

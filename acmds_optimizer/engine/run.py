@@ -110,16 +110,13 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None) 
     def after_epoch(figures: dict[str, float]) -> None:
         nonlocal saved_epoch
         trainer.recorder.scalars(trainer.step, figures)
-        validation = (
-            f", validation loss {figures['val_loss']:.4f}, accuracy {figures['val_accuracy']:.4f}"
-            if "val_loss" in figures
-            else ""
-        )
-        logger.info(
-            "epoch %d: loss %.4f%s, %.0f samples/s, micro-batch %d, %d out-of-memory events",
-            trainer.epoch, figures["epoch_loss"], validation, figures["samples_per_second"], figures["batch_size"],
-            figures["oom_events"],
-        )  # fmt: skip
+        words = [f"epoch {trainer.epoch}: loss {figures['epoch_loss']:.4f}"]
+        if "val_loss" in figures:
+            words.append(f"validation {figures['val_loss']:.4f}, accuracy {figures['val_accuracy']:.4f}")
+        words.append(f"{figures['samples_per_second']:,.0f} samples/s, batch {figures['batch_size']}")
+        if figures["oom_events"]:
+            words.append(f"{figures['oom_events']:.0f} OOM recovered")
+        logger.info(", ".join(words))
         due = config.checkpoint_every and trainer.epoch - saved_epoch >= config.checkpoint_every
         if output_dir is not None and (due or trainer.finished or trainer.should_stop()) and config.checkpoint_every:
             trainer.save_checkpoint(output_dir / CHECKPOINT)
