@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from acmds_optimizer.config import TrainConfig, build, field_help, field_types, read_file
+from acmds_optimizer.config import TrainConfig, field_help, field_types, load, read_file
 from acmds_optimizer.errors import ACMDSError, ConfigError
 
 if TYPE_CHECKING:
@@ -125,13 +125,12 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
             raise ConfigError("--resume", [f"{folder} holds no config.json, so it is not the folder of a run"])
         base = read_file(folder / "config.json")
         flags = {"output_dir": str(folder), **flags}
-    from_file = read_file(config_file) if config_file else {}
     kinds = field_types()
     flags = {
         name: None if value == "none" and type(None) in get_args(kinds[name]) else value
         for name, value in flags.items()
     }
-    config = build(TrainConfig, {**base, **from_file, **flags}, config_file or "command line")
+    config = load(config_file, flags, base)
     if config.output_dir is not None:
         return config, Path(config.output_dir)
     name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")

@@ -297,14 +297,12 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def load(
-    path: str | Path | None,
-    overrides: Mapping[str, Any] | None = None,
-    config_type: type[Config] = TrainConfig,  # type: ignore[assignment]
-) -> Config:
-    """Defaults, overridden by the file at `path`, overridden by `overrides` (the explicit flags).
+    path: str | Path | None, overrides: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Defaults, overridden by `base` (a resumed run's settings), by the file at `path`, by `overrides` (the flags).
 
     Raises:
         ConfigError: listing every problem at once.
     """
     values = read_file(path) if path else {}
-    return build(config_type, {**values, **(overrides or {})}, str(path or "command line"))
+    return build(TrainConfig, {**(base or {}), **values, **(overrides or {})}, str(path or "command line"))
