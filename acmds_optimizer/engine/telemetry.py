@@ -181,8 +181,6 @@ class Recorder:
         figures = self.figures
         figures["steps"] += 1
         figures["samples"] += row["effective_batch"]
-        figures["oom_events"] += row["oom_events"]
-        figures["oom_recovered"] += row["oom_events"]  # a step is recorded only once it went through
         figures["alloc_retries"] += row["alloc_retries"]
         figures["batches"] += row["micro_batch"]
         headroom = budget_bytes - reserved_bytes
@@ -203,9 +201,9 @@ class Recorder:
             self.flush()
 
     def out_of_memory(self, event: OutOfMemoryEvent, where: dict[str, Any], *, recovered: bool) -> None:
-        """Record a caught error; one that ended the run is counted here, others with their step."""
-        if not recovered:
-            self.figures["oom_events"] += 1
+        """Record and count a caught error, of a step or of a rehearsal."""
+        self.figures["oom_events"] += 1
+        self.figures["oom_recovered"] += recovered
         self.event(
             where,
             kind="out_of_memory",

@@ -237,8 +237,6 @@ class ACMDSTrainer:
                 event = self.guard.rehearse(lambda micro: self.train_step.rehearse(batch, micro), size, failed)
                 if event is not None:
                     failed += 1
-                    self.recorder.figures["oom_events"] += 1
-                    self.recorder.figures["oom_recovered"] += 1
                     self.recorder.out_of_memory(event, self._where(), recovered=True)
                     break
                 self._clock.stop(size, 1, steady=repeat > 0)
