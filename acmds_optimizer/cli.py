@@ -53,6 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
         kind: dict[str, Any] = {"metavar": _metavar(kinds[name])}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
+        elif bool in get_args(kinds[name]):
+            words = "true,false," + ",".join(get_args(get_args(kinds[name])[-1]))
+            kind = {"nargs": "?", "const": True, "metavar": "{" + words + "}"}
+            settings.add_argument(
+                "--no-" + name.replace("_", "-"),
+                dest=name,
+                action="store_false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
         settings.add_argument(flag, default=argparse.SUPPRESS, help=help_text, **kind)
     return parser
 

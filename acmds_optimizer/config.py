@@ -104,19 +104,25 @@ class CurriculumConfig:
     """Mixed precision: fp16 or bf16 on CUDA; bf16 on a CPU that computes in it, else float32 with a warning."""
 
     amp_dtype: Literal["auto", "bf16", "fp16"] = "auto"
-    """Precision under enable_amp; auto: bf16 where the GPU has it, else fp16."""
+    """Precision under enable_amp; auto: bf16 where the GPU has it, or fp16 where that is measured to be 5 % faster."""
 
     enable_tf32: bool = True
     """TF32 for float32 matrix products and convolutions on Ampere and later."""
 
-    channels_last: bool = True
-    """Store images and convolution weights as NHWC on CUDA, which tensor cores prefer."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Store images and convolution weights as NHWC on CUDA; auto: unless NCHW is measured to be 5 % faster."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in backward: about a third more time for much less memory."""
 
-    enable_cuda_graphs: bool = False
-    """Replay forward and backward as one CUDA graph for each micro-batch size."""
+    enable_cuda_graphs: bool | Literal["auto"] = "auto"
+    """Replay steps as one CUDA graph for each micro-batch size; auto: where that is measured to be 5 % faster."""
+
+    compile_model: bool = False
+    """Compile the model with torch.compile, once for each micro-batch size: faster steps after a minute or more."""
+
+    cudnn_benchmark: bool = False
+    """Let cuDNN try its convolution algorithms for each micro-batch size, which takes seconds a size."""
 
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seed of the weights, the order of the samples, augmentation and dropout."""
@@ -257,17 +263,19 @@ def build(config_type: type[Config], values: Mapping[str, Any], source: str) -> 
 
 def describe(error: ValidationError, valid_keys: list[str]) -> list[str]:
     """One line for each problem pydantic found: dotted key, value, what is allowed, nearest valid key."""
-    problems = []
+    problems: list[str] = []
+    tried: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         # a union reports one error a member, with the member's name in the location; the key is what the user typed
-        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "function-")))
+        members = ("constrained-", "function-", "literal[", "bool")
+        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(members))
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), valid_keys)}")
         elif key:
-            problems.append(f"{key}: {item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
+            tried.setdefault(f"{key}: {item['input']!r}", []).append(f"{item['msg'][:1].lower()}{item['msg'][1:]}")
         else:
             problems.append(item["msg"].removeprefix("Value error, "))
-    return problems
+    return problems + [f"{what}: {', or '.join(allowed)}" for what, allowed in tried.items()]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ the ending .json, versions, hardware, settings and what the offline search found
 Systems: oracle (the fastest fixed batch that keeps the headroom, found offline), oracle_phases (the same for each
 phase of the scenario, known ahead), fixed_cap (the largest that fits at the start), accelerate, lightning_power and
 lightning_binsearch (the packages' own search), halving and aimd (by hand), ours (micro-batch free to move), ours_hold
-(effective batch held by accumulation), ours_no_knee (memory alone decides; only in the scenario neighbour).
+(effective batch held by accumulation), ours_no_knee (memory alone decides; only in the scenario neighbour), ours_auto
+(precision, layout and graphs chosen by probes, so not with equal flags; only in static).
 
 Scenarios: static; neighbour (another process wants 8 GB in the middle third); growing (image sides in four phases);
 heavy (each batch's side drawn, most small, few large); cold (the first images alone, search included; the column
@@ -160,8 +161,8 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 def _takes_part(system: str, scenario: str) -> bool:
     """oracle_phases differs from oracle only where something changes; ours without knee is about the neighbour."""
-    if system == "ours_no_knee":
-        return scenario == "neighbour"
+    if system in ("ours_no_knee", "ours_auto"):
+        return scenario == ("static" if system == "ours_auto" else "neighbour")
     if system == "oracle_phases":
         return scenario not in ("static", "cold")
     return system != "ours_hold" or scenario not in ("growing", "heavy")

@@ -30,6 +30,7 @@ SYSTEMS: dict[str, Callable[[Plant, Meter, systems.Known], None]] = {
     "ours": system(Variant()),
     "ours_hold": system(Variant(policy="hold")),
     "ours_no_knee": system(Variant(knee=False)),
+    "ours_auto": system(Variant(auto=True)),
 }
 """Every system of the table, by the name in its `system` column."""
 

@@ -30,6 +30,11 @@ class Variant:
     policy: Literal["free", "hold"] = "free"
     knee: bool = True
     """Whether growth stops where it buys little speed; else memory alone decides."""
+    auto: bool = False
+    """Whether precision, layout and CUDA graphs are chosen by probes; else they are the table's, without graphs."""
+
+
+_EQUAL: dict[str, Any] = {"channels_last": True, "enable_cuda_graphs": False}
 
 
 def config_of(plant: Plant, variant: Variant, *, knee: bool) -> CurriculumConfig:
@@ -40,8 +45,8 @@ def config_of(plant: Plant, variant: Variant, *, knee: bool) -> CurriculumConfig
         max_batch_size=setting.max_batch,
         batch_policy=variant.policy,
         enable_amp=plant.amp_dtype is not None,
-        amp_dtype="fp16" if setting.amp == "fp16" else "auto",
         seed=setting.seed,
+        **({} if variant.auto else _EQUAL | {"amp_dtype": "fp16" if setting.amp == "fp16" else "bf16"}),
         **({} if knee else {"knee_gain_fraction": 0.0}),
     )
 

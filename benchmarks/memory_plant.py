@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from acmds_optimizer.config import CurriculumConfig
-from acmds_optimizer.engine.prepare import allow_tf32
+from acmds_optimizer.engine.prepare import set_up_cuda
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading, open_memory
 from acmds_optimizer.memory.guard import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
@@ -37,7 +37,7 @@ class Plant:
         self.cuda = self.device.type == "cuda"
         torch.manual_seed(setting.seed)
         if self.cuda:
-            allow_tf32(CurriculumConfig())  # as our trainer does
+            set_up_cuda(CurriculumConfig())  # as our trainer does
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[setting.amp]
         model = build_model(setting.model, setting.classes, image_size=setting.image_size).to(self.device)
         self.model: nn.Module = model.to(memory_format=torch.channels_last) if self.cuda else model

@@ -78,7 +78,7 @@ def test_the_names_users_know_are_there_with_their_defaults():
     expected = {
         "target_headroom_gb": 3.0, "min_batch_size": 4, "max_batch_size": 64, "difficulty_window": 1000,
         "pressure_smoothing": 0.9, "pid_kp": 0.15, "pid_ki": 0.02, "pid_kd": 0.08, "curriculum_alpha": 0.05,
-        "enable_amp": True, "gradient_checkpointing": False, "enable_cuda_graphs": False, "gc_threshold_gb": 2.0,
+        "enable_amp": True, "gradient_checkpointing": False, "enable_cuda_graphs": "auto", "gc_threshold_gb": 2.0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert RTX3090ACMDSTrainer is ACMDSTrainer

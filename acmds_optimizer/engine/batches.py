@@ -32,6 +32,8 @@ class Batch:
 
     def slice(self, start: int, stop: int) -> Batch:
         """Samples start to stop, as views."""
+        if start == 0 and stop == len(self):
+            return self
         return Batch(
             self.inputs[start:stop], self.targets[start:stop], self.indices[start:stop], self.weights[start:stop]
         )
@@ -83,6 +85,9 @@ class EpochStream(ABC):
     @abstractmethod
     def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of positions start to stop. Called again with the same start if it raised."""
+
+    def read_less_ahead(self) -> None:  # noqa: B027  # most streams keep nothing on the device
+        """Keep no samples on the device beyond those asked for: memory is short."""
 
     def close(self) -> None:  # noqa: B027  # most streams hold nothing; those that do override it
         """Stop reading ahead. The stream cannot be used afterwards."""

@@ -1,16 +1,20 @@
-"""Forward and backward of a micro-batch as one CUDA graph, captured once for each size.
+"""Forward and backward of a micro-batch as one CUDA graph, captured once for each size, and the optimizer as another.
 
 Below the knee a step is bound by kernel launches; a graph replays them as one. All graphs share one memory pool, into
-which the largest captured size fits them all, and add up their gradients in the same buffers. The optimizer runs
-outside, so learning rates, scalers and roll-back work as they do in eager mode.
+which the largest captured size fits them all, and add up their gradients in the same buffers. Learning rates and loss
+scales are read from device memory, so they may change from step to step; a replay allocates nothing, so it cannot run
+out of memory half-way.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 _EAGER_FIRST = 4
 """Uses of a size before it is captured: they warm the kernels up, and an odd last batch never gets there."""
+_TIMINGS = 5
+_LEAST_EAGER_TIMINGS = 3
+_BUSY = 2.5
+"""Steps that take so many times what launching them takes are not worth a capture; launches slow down under load."""
+_LEAST_GAIN = 0.05
+"""What a graph must gain at a size to be kept there, where nobody asked for graphs."""
 
 
 @dataclass(frozen=True)
@@ -37,48 +47,121 @@ class _Captured:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class _CapturedOptimizer:
+    graph: torch.cuda.CUDAGraph
+    rates: list[Tensor]
+    """Learning rates of the groups, on the device."""
+    settings: list[Any]
+    """What is fixed in the graph: another value of it asks for another capture."""
+
+
 class GraphedMicroBatches:
     """Runs `TrainStep.backward` on micro-batches, by replaying a graph where the size has been seen often enough.
 
     Args:
         step: the eager step; its model, scaler and autocast settings are captured.
+        only_if_faster: whether a size is timed eagerly first, and its graph kept only if it gains 5 %.
     """
 
-    def __init__(self, step: TrainStep) -> None:
+    def __init__(self, step: TrainStep, *, only_if_faster: bool = False) -> None:
         self._step = step
+        self._only_if_faster = only_if_faster
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
+        self._zero = True
         self._graphs: dict[int, _Captured] = {}
+        self._optimizer: _CapturedOptimizer | None = None
+        self._optimizer_uses = 0
+        self._optimizer_eager = not _can_be_captured(step.guard.optimizer)
         self._uses: Counter[int] = Counter()
+        self._seconds: dict[tuple[int, bool], list[float]] = {}
+        self._not_faster: set[int] = set()
+        self._launch_seconds = math.inf
+        self.pool_bytes = 0
+        """What the pool keeps between steps, beside which anything eager has to fit."""
         self._pool = torch.cuda.graph_pool_handle()
         self.off_reason = ""
         """Why nothing is captured any more; empty while graphs are in use."""
+        self.captures = 0
+        """How many graphs were captured so far; the steps in which they were are not typical."""
+        self.replayed = False
+        """Whether the last micro-batch was a replay."""
 
-    def begin_step(self) -> None:
+    def zero_grad(self) -> None:
         """Zero the gradients in buffers that stay where they are, since graphs write into them."""
         if not self._gradients:
             self._gradients = [torch.zeros_like(p) for p in self._parameters]
+            self._zero = True
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        torch._foreach_zero_(self._gradients)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        if not self._zero:
+            torch._foreach_zero_(self._gradients)
+            self._zero = True
 
-    def __call__(self, part: Batch, shares: Tensor) -> Tensor:
-        """Add the gradient of sum(shares * loss) to the buffers; losses (B,) of the samples, detached."""
+    def __call__(self, part: Batch, total: int) -> Tensor:
+        """Add the gradient of sum(weight * loss) / total to the buffers; losses (B,) of the samples, detached."""
         size = len(part)
+        self._zero = False
         self._uses[size] += 1
-        if size not in self._graphs:
-            if self.off_reason or self._uses[size] <= _EAGER_FIRST:
-                return self._step.backward(part.inputs, part.targets, shares)
-            captured = self._capture(part, shares)
-            if captured is None:
-                return self._step.backward(part.inputs, part.targets, shares)
-            self._graphs[size] = captured
-        captured = self._graphs[size]
+        captured = self._graphs.get(size)
+        if captured is None and self._is_due(size):
+            captured = self._capture(part, total)
+        self.replayed = captured is not None
+        if captured is None:
+            return self._step.backward(part.inputs, part.targets, part.weights / total)
         captured.inputs.copy_(part.inputs)
         captured.targets.copy_(part.targets)
-        captured.shares.copy_(shares)
+        torch.div(part.weights, total, out=captured.shares)
         captured.graph.replay()
         return captured.losses.clone()
+
+    def optimizer_step(self) -> bool:
+        """Step the optimizer and zero the gradients by a graph; False where it is to be stepped eagerly."""
+        if self._optimizer_eager:
+            return False
+        optimizer = self._step.guard.optimizer
+        self._optimizer_uses += 1
+        if self._optimizer_uses <= _EAGER_FIRST:
+            return False
+        settings = _settings(optimizer)
+        if self._optimizer is None or self._optimizer.settings != settings:
+            self._optimizer = self._capture_optimizer(settings)
+            if self._optimizer is None:
+                self._optimizer_eager = True
+                return False
+        for group, rate in zip(optimizer.param_groups, self._optimizer.rates, strict=True):
+            rate.fill_(group["lr"])
+        self._optimizer.graph.replay()
+        self._zero = True
+        return True
+
+    def note_launch(self, seconds: float) -> None:
+        """Learn how long the host took to launch a micro-batch, whatever its size; the shortest time counts."""
+        self._launch_seconds = min(self._launch_seconds, seconds)
+
+    def timed(self, size: int, seconds: float, *, replayed: bool) -> None:
+        """Learn what a micro-batch of `size` took; a graph that does not gain enough is dropped."""
+        if not self._only_if_faster:
+            return
+        timings = self._seconds.setdefault((size, replayed), [])
+        timings.append(seconds)
+        if not replayed or len(timings) != _TIMINGS or size not in self._graphs:
+            return
+        eager = self._seconds.get((size, False))
+        if not eager:
+            return
+        gain = median(eager) / median(timings) - 1.0
+        if gain >= _LEAST_GAIN:
+            logger.info("CUDA graphs: on for micro-batches of %d, %.2f times as fast", size, 1.0 + gain)
+            return
+        logger.info("CUDA graphs: off for micro-batches of %d, %+.1f %% is too little", size, 100 * gain)
+        self._not_faster.add(size)
+        del self._graphs[size]
+        if not self._graphs:
+            self.release()
+        self._step.guard.controller.memory.release_cache(collect=False)  # the pool's blocks are of no use to others
 
     def peak_bytes(self, size: int) -> int | None:
         """Peak of a replayed micro-batch, measured at capture, since a replay asks the allocator for nothing."""
@@ -90,30 +173,113 @@ class GraphedMicroBatches:
         """Largest captured size; 0 where there is none."""
         return max(self._graphs, default=0)
 
+    def holds(self, size: int) -> bool:
+        """Whether micro-batches of this size are replayed."""
+        return size in self._graphs
+
     def release(self) -> None:
         """Drop all graphs and their memory; sizes that are used again are captured again."""
         self._graphs.clear()
-        self._gradients.clear()
+        self.pool_bytes = 0
+        self._optimizer = None
+        self._gradients = []
+        for parameter in self._parameters:
+            parameter.grad = None
         self._uses.clear()
+        self._optimizer_uses = 0
+        self.replayed = False
 
-    def _capture(self, part: Batch, shares: Tensor) -> _Captured | None:
-        inputs, targets, static_shares = part.inputs.clone(), part.targets.clone(), shares.clone()
-        graph = torch.cuda.CUDAGraph()
+    def _is_due(self, size: int) -> bool:
+        if self.off_reason or size in self._not_faster or self._uses[size] <= _EAGER_FIRST:
+            return False
+        if not self._only_if_faster or size + 1 in self._graphs:  # the parts of a batch differ by one sample at most
+            return True
+        eager = self._seconds.get((size, False), [])
+        if len(eager) < _LEAST_EAGER_TIMINGS:
+            return False
+        if median(eager) > _BUSY * self._launch_seconds:  # the GPU is never waiting
+            self._not_faster.add(size)
+        return size not in self._not_faster
+
+    def _capture(self, part: Batch, total: int) -> _Captured | None:
+        inputs, targets, shares = part.inputs.clone(), part.targets.clone(), part.weights / total
         memory = self._step.guard.controller.memory
-        before = memory.read().peak_allocated_bytes
+        memory.release_cache(collect=False)
+        before = memory.read()
         memory.reset_peak()
-        failure = None
+        graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares))
+        if graph is None:
+            return None
+        assert losses is not None
+        after = memory.read()
+        self.pool_bytes += max(0, after.reserved_bytes - before.reserved_bytes)
+        peak = max(before.peak_allocated_bytes, after.peak_allocated_bytes)
+        self._graphs[len(part)] = captured = _Captured(graph, inputs, targets, shares, losses, peak)
+        return captured
+
+    def _capture_optimizer(self, settings: list[Any]) -> _CapturedOptimizer | None:
+        guard = self._step.guard
+        groups = guard.optimizer.param_groups
+        before = [(group["lr"], group.get("capturable")) for group in groups]
+        device = self._parameters[0].device
+        rates = [torch.as_tensor(lr, dtype=torch.float32, device=device) for lr, _ in before]
+
+        def step() -> None:
+            if guard.scaler is not None:
+                guard.scaler.step(guard.optimizer)
+                guard.scaler.update()
+            else:
+                guard.optimizer.step()
+            torch._foreach_zero_(self._gradients)
+
+        try:
+            for group, rate, (_, capturable) in zip(groups, rates, before, strict=True):
+                group["lr"] = rate
+                if capturable is not None:
+                    group["capturable"] = True
+            graph, _ = self._record(step, what="optimizer")
+            if graph is None and guard.scaler is not None:
+                guard.scaler._per_optimizer_states.clear()  # else it believes that the step was taken
+        finally:
+            for group, (lr, capturable) in zip(groups, before, strict=True):
+                group["lr"] = lr
+                if capturable is not None:
+                    group["capturable"] = capturable
+        return None if graph is None else _CapturedOptimizer(graph, rates, settings)
+
+    def _record(
+        self, run: Callable[[], Tensor | None], what: str = "model"
+    ) -> tuple[torch.cuda.CUDAGraph | None, Tensor | None]:
+        """What `run` launches, as a graph, and what it returns; (None, None) where it cannot be captured."""
+        graph = torch.cuda.CUDAGraph()
+        self.captures += 1
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                losses = self._step.backward(inputs, targets, static_shares)
+                result = run()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if failure is not None:
-            self.off_reason = failure
-            logger.warning("CUDA graphs are off, this model cannot be captured (%s)", failure)
-            self.release()
-            return None
-        peak = max(before, memory.read().peak_allocated_bytes)
-        return _Captured(graph, inputs, targets, static_shares, losses, peak)
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            return graph, result
+        logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
+        if what == "model":
+            self.off_reason = reason
+            self._graphs.clear()
+        return None, None
+
+
+def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is fused, so that its step is a few kernels without a look at the host, and nobody listens to it."""
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    kinds = (torch.optim.Adam, torch.optim.SGD)
+    return isinstance(optimizer, kinds) and not hooks and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """All that a captured step has fixed: the groups' settings but the learning rate, and the state's tensors."""
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        found += [value for name, value in group.items() if name not in ("params", "lr")]
+        found += [id(value) for value in optimizer.state.get(group["params"][0], {}).values()]
+    return found

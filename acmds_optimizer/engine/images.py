@@ -63,7 +63,11 @@ class Normaliser:
             self._shift = (-mean / std).view(-1, 1, 1).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images if self._identity else images.to(torch.float32).mul_(self._scale).add_(self._shift)
+        if self._identity:
+            return images
+        if images.device.type == "cpu":  # where one pass over mixed types is slower
+            return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+        return torch.addcmul(self._shift, images, self._scale)
 
 
 @dataclass(frozen=True)

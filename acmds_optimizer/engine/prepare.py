@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -35,13 +36,14 @@ def amp_dtype(config: CurriculumConfig, device: torch.device) -> torch.dtype | N
     return torch.float16
 
 
-def allow_tf32(config: CurriculumConfig) -> None:
-    """Let float32 matrix products and convolutions run in TF32, or forbid it. Applies to the process.
+def set_up_cuda(config: CurriculumConfig) -> None:
+    """Let float32 matrix products and convolutions run in TF32 and cuDNN search, or forbid it. Applies to the process.
 
-    Through the settings that other libraries read too: Lightning fails where it meets the newer, finer ones.
+    TF32 through the settings that other libraries read too: Lightning fails where it meets the newer, finer ones.
     """
     torch.set_float32_matmul_precision("high" if config.enable_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.enable_tf32
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -78,7 +80,7 @@ def schedule_factor(config: TrainConfig, progress: float) -> float:
     if config.lr_schedule == "constant":
         return 1.0
     done = (progress - config.warmup_fraction) / (1.0 - config.warmup_fraction)
-    return 0.5 * (1.0 + float(torch.cos(torch.tensor(min(done, 1.0) * torch.pi))))
+    return 0.5 * (1.0 + math.cos(min(done, 1.0) * math.pi))
 
 
 def checkpoint_activations(model: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,8 +47,14 @@ class ResidentSource(DataSource):
         return ResidentStream(self, order, weights, start, shifts)
 
 
+_CHUNK_BYTES = 32 * 2**20
+
+
 class ResidentStream(EpochStream):
-    """Gathers from a ResidentSource. The order, weights and shifts reach the device once an epoch; no call syncs."""
+    """Gathers from a ResidentSource. The order, weights and shifts reach the device once an epoch; no call syncs.
+
+    On CUDA several small batches are made at once, since each of the dozen kernels costs a launch.
+    """
 
     def __init__(
         self, source: ResidentSource, order: np.ndarray, weights: np.ndarray | None, start: int, shifts: Shifts | None
@@ -54,8 +62,25 @@ class ResidentStream(EpochStream):
         super().__init__(order, weights, start, source.device)
         self._source = source
         self._shifts = shifts
+        input_bytes = 4 * math.prod(source.images.shape[1:])
+        self._ahead = _CHUNK_BYTES // max(1, input_bytes) if source.device.type == "cuda" else 0
+        self._chunk: tuple[int, int, Tensor, Tensor] | None = None
 
     def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        if stop - start >= self._ahead:
+            self._chunk = None
+            return self._gather(start, stop)
+        if self._chunk is None or not self._chunk[0] <= start <= stop <= self._chunk[1]:
+            self._chunk = None
+            end = min(start + self._ahead, len(self.order))
+            self._chunk = (start, end, *self._gather(start, end))
+        first, _, inputs, targets = self._chunk
+        return inputs[start - first : stop - first], targets[start - first : stop - first]
+
+    def read_less_ahead(self) -> None:
+        self._ahead, self._chunk = 0, None
+
+    def _gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         source = self._source
         chosen = self.order[start:stop]
         if self._shifts is None:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.guard import Guard
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+_MOST_SIZES = 64
 
 
 def parts(total: int, largest: int) -> list[int]:
@@ -35,7 +37,8 @@ class TrainStep:
         loss_fn: (logits (B, C) float32, targets (B,)) -> losses (B,), unreduced.
         amp_dtype: autocast dtype; None: float32.
         channels_last: whether 4-d inputs are converted to NHWC.
-        cuda_graphs: whether forward and backward are replayed as graphs.
+        cuda_graphs: whether steps are replayed as graphs; auto: where that is 5 % faster.
+        compiled: whether the model is compiled, once for each micro-batch size.
     """
 
     def __init__(
@@ -45,15 +48,22 @@ class TrainStep:
         loss_fn: LossFunction,
         amp_dtype: torch.dtype | None = None,
         channels_last: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | Literal["auto"] = False,
+        compiled: bool = False,
     ) -> None:
         self.model = model
+        self._run: Callable[[Tensor], Any] = model
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
+            self._run = torch.compile(model, dynamic=False)
         self.guard = guard
         self.loss_fn = loss_fn
         self.amp_dtype = amp_dtype
         self.channels_last = channels_last
         self.device_type = guard.controller.device.type
-        self.graphs = GraphedMicroBatches(self) if cuda_graphs else None
+        self.graphs = GraphedMicroBatches(self, only_if_faster=cuda_graphs == "auto") if cuda_graphs else None
+        if self.graphs is not None:
+            guard.zero_grad = self.graphs.zero_grad
 
     def __call__(self, batch: Batch, micro_batch: int) -> Tensor:
         """Run the step; losses (n,) float32 of its samples, detached, in their order.
@@ -62,25 +72,24 @@ class TrainStep:
         """
         losses = []
         start = 0
-        if self.graphs is not None:
-            self.graphs.begin_step()
         for size in parts(len(batch), micro_batch):
             losses.append(self.micro(batch.slice(start, start + size), len(batch)))
             start += size
-        result = torch.cat(losses)
-        self.guard.optimizer_step()  # last: what allocates after it could fail when the step can no longer be undone
+        result = losses[0] if len(losses) == 1 else torch.cat(losses)
+        if self.graphs is None or not self.graphs.optimizer_step():
+            # last: what allocates after it could fail when the step can no longer be undone
+            self.guard.optimizer_step()
         return result
 
     def rehearse(self, batch: Batch, micro_batch: int) -> Tensor:
         """Forward and backward of the first micro-batch alone, without the optimizer; its losses, detached."""
-        if self.graphs is not None:
-            self.graphs.begin_step()
         return self.micro(batch.slice(0, micro_batch), micro_batch)
 
     def micro(self, part: Batch, total: int) -> Tensor:
         """Forward and backward of one micro-batch out of `total` samples; its losses (B,), detached."""
-        run = self.graphs or (lambda part, shares: self.backward(part.inputs, part.targets, shares))
-        return run(part, part.weights / total)
+        if self.graphs is not None:
+            return self.graphs(part, total)
+        return self.backward(part.inputs, part.targets, part.weights / total)
 
     def backward(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         """Add the gradient of sum(shares * loss), shares (B,); unreduced losses (B,), detached."""
@@ -102,7 +111,7 @@ class TrainStep:
         # a cached cast of a weight would be made in one graph and read in another
         cache = self.graphs is None
         with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
-            outputs = self.model(inputs)
+            outputs = (self._run if self.model.training else self.model)(inputs)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"{type(self.model).__name__} must give one tensor of logits (B, C), but gives a "
@@ -116,10 +125,10 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._pending: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._done: list[tuple[int, float]] = []
+        self._pending: deque[tuple[int, int, bool, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._done: list[tuple[int, float, bool]] = []
         self._start: torch.cuda.Event | float = 0.0
-        self._last_batch = 0
+        self._last = (0, False)
 
     def start(self) -> None:
         if self._cuda:
@@ -128,23 +137,23 @@ class StepClock:
         else:
             self._start = time.perf_counter()
 
-    def stop(self, micro_batch: int, micro_batches: int, *, steady: bool) -> None:
-        """End of a step. The first at a size, and those with errors (not `steady`), are not counted."""
-        counted = steady and micro_batch == self._last_batch
-        self._last_batch = micro_batch
+    def stop(self, micro_batch: int, micro_batches: int, *, steady: bool, replayed: bool = False) -> None:
+        """End of a step. The first at a size, and those with errors or captures (not `steady`), are not counted."""
+        counted = steady and (micro_batch, replayed) == self._last
+        self._last = (micro_batch, replayed)
         if not counted:
             return
         if isinstance(self._start, float):
-            self._done.append((micro_batch, (time.perf_counter() - self._start) / micro_batches))
+            self._done.append((micro_batch, (time.perf_counter() - self._start) / micro_batches, replayed))
         else:
             end = torch.cuda.Event(enable_timing=True)
             end.record()
-            self._pending.append((micro_batch, micro_batches, self._start, end))
+            self._pending.append((micro_batch, micro_batches, replayed, self._start, end))
 
-    def timings(self) -> list[tuple[int, float]]:
-        """(micro-batch size, seconds of one) of the steps that have ended since the last call."""
-        while self._pending and self._pending[0][3].query():
-            size, count, begin, end = self._pending.popleft()
-            self._done.append((size, begin.elapsed_time(end) / 1000 / count))
+    def timings(self) -> list[tuple[int, float, bool]]:
+        """(micro-batch size, seconds of one, whether replayed) of the steps that have ended since the last call."""
+        while self._pending and self._pending[0][4].query():
+            size, count, replayed, begin, end = self._pending.popleft()
+            self._done.append((size, begin.elapsed_time(end) / 1000 / count, replayed))
         done, self._done = self._done, []
         return done

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig, to_dict
 from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
 from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler
-from acmds_optimizer.engine import checkpoint
+from acmds_optimizer.engine import checkpoint, probe
 from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
 from acmds_optimizer.engine.data import make_source
-from acmds_optimizer.engine.prepare import allow_tf32, amp_dtype, checkpoint_activations, schedule_factor
+from acmds_optimizer.engine.graphs import GraphedMicroBatches
+from acmds_optimizer.engine.prepare import checkpoint_activations, schedule_factor, set_up_cuda
 from acmds_optimizer.engine.step import LossFunction, StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.errors import CheckpointError, DataError, OutOfMemoryForGoodError
@@ -29,12 +30,14 @@ from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice
 from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
 from acmds_optimizer.memory.law import Decision
-from acmds_optimizer.zoo.datasets import DataBundle
+from acmds_optimizer.zoo.datasets import DataBundle, describe
 
 logger = logging.getLogger(__name__)
 
 _NEIGHBOUR_SHARE = 0.03
 _REHEARSALS = 12
+_LAST_LEAP = 4
+_SCORES_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class ACMDSTrainer:
         self.controller = MemoryPressureController(device_id, self.config, memory=memory)
         self.device = self.controller.device
         self.recorder = recorder or Recorder(None, self.config.difficulty_window)
-        self._set_up_model(model, optimizer, loss_fn)
+        shape = (bundle or describe(dataset)).image_shape
+        self._set_up_model(model, optimizer, loss_fn, shape)
         self._set_up_data(dataset, val_dataset, bundle)
         self.epoch = 0
         self.step = 0
@@ -109,25 +113,32 @@ class ACMDSTrainer:
         self.on_progress: Callable[[Progress], None] | None = None
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
+        self._unscored: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def _set_up_model(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: LossFunction | None) -> None:
-        channels_last = self.config.channels_last and self.device.type == "cuda"
+    def _set_up_model(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction | None,
+        shape: tuple[int, ...],
+    ) -> None:
         self.model = model.to(self.device)
+        if self.device.type == "cuda":
+            set_up_cuda(self.config)
+        dtype, channels_last = probe.choose(self.model, self.config, self.device, shape)
+        self.controller.memory.release_cache()
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if self.config.gradient_checkpointing:
             checkpoint_activations(self.model)
-        if self.device.type == "cuda":
-            allow_tf32(self.config)
         self.optimizer = optimizer
         _move_optimizer_state(optimizer, self.device)
-        dtype = amp_dtype(self.config, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
             self.model, self.guard, loss_fn or nn.CrossEntropyLoss(reduction="none"), dtype, channels_last,
-            cuda_graphs=self._wants_graphs(),
+            cuda_graphs=self._wants_graphs(), compiled=self.config.compile_model,
         )  # fmt: skip
 
     def _set_up_data(self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None) -> None:
@@ -200,6 +211,7 @@ class ACMDSTrainer:
                 self.seconds += now - clock
                 clock = now
                 self._report()
+        self._update_scores()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.sampler.position >= self.sampler.num_samples:
@@ -226,13 +238,15 @@ class ACMDSTrainer:
             batch = stream.take(self.controller.limits.buckets[-1])
         self.controller.memory.track([batch.inputs, batch.targets])
         self._check_outputs(batch)
-        repeats = 1 + self.controller.state.times.needed
         for _ in range(_REHEARSALS):
-            size = min(self.controller.decide().batch, len(batch))
+            size = min(self.controller.decide(rehearsal=True).batch, len(batch))
             if size == last:
                 break
+            # two sizes tell enough for a last leap, whose time the first real steps will tell
+            leap = self.controller.state.peaks.sizes >= 2 and size <= _LAST_LEAP * last
             last = size
-            for repeat in range(repeats):
+            for repeat in range(1 if leap else 1 + self.controller.state.times.needed):
+                began = time.perf_counter()
                 self._clock.start()
                 event = self.guard.rehearse(lambda micro: self.train_step.rehearse(batch, micro), size, failed)
                 if event is not None:
@@ -240,12 +254,16 @@ class ACMDSTrainer:
                     self.recorder.out_of_memory(event, self._where(), recovered=True)
                     break
                 self._clock.stop(size, 1, steady=repeat > 0)
+                if self.train_step.graphs is not None:
+                    self.train_step.graphs.note_launch(time.perf_counter() - began)
                 self.controller.observe(size)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            for timed, seconds in self._clock.timings():
+            for timed, seconds, _ in self._clock.timings():
                 self.controller.time(timed, seconds)
-        self.model.zero_grad(set_to_none=True)
+            if leap:
+                break
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _check_outputs(self, batch: Batch) -> None:
         """On CUDA a label without an output is an assertion in a kernel, after which the process is of no use."""
@@ -268,13 +286,16 @@ class ACMDSTrainer:
         count = self.config.step_samples if hold else decision.batch
         if stream.remaining == count + 1:
             count += 1  # a batch of one sample has no variance, and BatchNorm refuses it
-        batch = stream.take(count)
+        last = count >= stream.remaining
+        batch = self._take(stream, count)
         self.controller.memory.track([batch.inputs, batch.targets])
         lr = self._set_lr(len(batch))
-        if decision.reason in ("shrink", "budget", "below_min"):
-            self._drop_graphs_above(decision.batch)
-        self._clock.start()
         first = min(decision.batch, len(batch))
+        graphs, captures = self.train_step.graphs, 0
+        if graphs is not None:
+            captures = graphs.captures
+            first = self._make_room(graphs, decision, first, odd=last and len(batch) % count != 0)
+        self._clock.start()
 
         def attempt(micro_batch: int) -> torch.Tensor:
             if micro_batch < first:
@@ -288,23 +309,73 @@ class ACMDSTrainer:
                 self.recorder.out_of_memory(event, self._where(), recovered=False)
             raise
         sizes = parts(len(batch), result.micro_batch)
-        self._clock.stop(sizes[0], len(sizes), steady=not result.events)
-        self.dataset.scores.update(batch.indices, result.value)
-        self.optimizer.zero_grad(set_to_none=True)  # what lies between steps is then the model and its optimizer
+        steady = not result.events and (graphs is None or graphs.captures == captures)
+        self._clock.stop(sizes[0], len(sizes), steady=steady, replayed=graphs is not None and graphs.replayed)
+        self._unscored.append((batch.indices, result.value))
+        if len(self._unscored) >= _SCORES_AHEAD:
+            self._update_scores()
+        self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
         self.sampler.position += len(batch)
         self._observe(decision, batch, result, sizes, before.budget_bytes, before.alloc_retries, lr, began)
         self.step += 1
 
-    def _wants_graphs(self) -> bool:
-        if not self.config.enable_cuda_graphs:
-            return False
+    def _take(self, stream: EpochStream, count: int) -> Batch:
+        """The next samples; where they do not fit beside what is cached, after the cache was released.
+
+        Raises:
+            OutOfMemoryForGoodError: they do not fit at all.
+        """
+        for last_try in (False, True):
+            try:
+                return stream.take(count)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = str(error).splitlines()[0]
+            if not last_try:
+                stream.read_less_ahead()
+                self._drop_graphs_above(0)
+                self.controller.memory.release_cache()
+        raise OutOfMemoryForGoodError(
+            f"out of memory: the {count} samples of a step do not fit on {self.device}. Try a smaller "
+            f"--effective-batch-size, or free memory held by other processes. The error was: {message}"
+        )
+
+    def _update_scores(self) -> None:
+        """Enter the losses of the last steps; together, since a dozen small kernels a step cost as much as a graph."""
+        if self._unscored:
+            indices, losses = zip(*self._unscored, strict=True)
+            self._unscored.clear()
+            self.dataset.scores.update(torch.cat(indices), torch.cat(losses))
+
+    def _wants_graphs(self) -> bool | Literal["auto"]:
+        wanted = self.config.enable_cuda_graphs
+        reason = ""
         if self.device.type != "cuda":
-            logger.warning("CUDA graphs: there are none on %s; training without", self.device)
-            return False
-        if self.config.gradient_checkpointing:
-            logger.warning("CUDA graphs: recomputed activations cannot be captured; training without")
-            return False
-        return True
+            reason = f"there are none on {self.device}"
+        elif self.config.gradient_checkpointing:
+            reason = "recomputed activations cannot be captured"
+        if reason and wanted is True:
+            logger.warning("CUDA graphs: %s; training without", reason)
+        return False if reason else wanted
+
+    def _make_room(self, graphs: GraphedMicroBatches, decision: Decision, first: int, *, odd: bool) -> int:
+        """Drop the graphs' pool where it is in the way; the micro-batch for what runs eagerly beside it.
+
+        A pool is as large as its largest graph; where memory is what makes the size fall, and where another, larger one
+        is about to be warmed up eagerly, it has to go.
+        """
+        if decision.reason in ("shrink", "budget", "below_min"):
+            self._drop_graphs_above(decision.batch)
+        elif 0 < graphs.largest < decision.batch:
+            self._drop_graphs_above(0)
+        if not odd or not graphs.largest:
+            return first
+        room = self.controller.state.peaks.work_within(decision.target_bytes - graphs.pool_bytes)
+        if room < 1.0:
+            self._drop_graphs_above(0)
+            return first
+        return int(min(room, first))
 
     def _drop_graphs_above(self, micro_batch: int) -> None:
         """A pool of graphs is as large as its largest; where memory is what makes the size fall, it has to go."""
@@ -328,8 +399,10 @@ class ACMDSTrainer:
             self.recorder.out_of_memory(event, self._where(), recovered=True)
         graphs, releases = self.train_step.graphs, self.controller.releases
         reading = self.controller.observe(sizes[0], peak_bytes=graphs.peak_bytes(sizes[0]) if graphs else None)
-        for size, seconds in self._clock.timings():
+        for size, seconds, replayed in self._clock.timings():
             self.controller.time(size, seconds)
+            if graphs is not None:
+                graphs.timed(size, seconds, replayed=replayed)
         if abs(reading.budget_bytes - budget_before) > _NEIGHBOUR_SHARE * self.controller.vram_total:
             change = (reading.budget_bytes - budget_before) / GIB
             self._event("neighbour_change", reading.peak_allocated_bytes, f"the budget changed by {change:+.2f} GB")
@@ -400,7 +473,7 @@ class ACMDSTrainer:
         if self.on_progress is None or (now - self._last_progress < 0.5 and not force):
             return
         self._last_progress = now
-        self.recorder.flush()
+        self.recorder.flush(wait=False)
         reading = self.controller.reading
         self.on_progress(
             Progress(
@@ -474,6 +547,7 @@ class ACMDSTrainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to continue, as tensors and plain values."""
         self.recorder.flush()
+        self._update_scores()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -503,6 +577,8 @@ class ACMDSTrainer:
         Raises:
             CheckpointError: it belongs to another model, optimizer or data set.
         """
+        if self.train_step.graphs is not None:
+            self.train_step.graphs.release()
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

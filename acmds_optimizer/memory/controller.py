@@ -104,13 +104,16 @@ class MemoryPressureController:
         """The present micro-batch, in samples."""
         return self.state.batch or law.first_batch(self.limits)
 
-    def decide(self, sample_work: float = 1.0) -> law.Decision:
+    def decide(self, sample_work: float = 1.0, *, rehearsal: bool = False) -> law.Decision:
         """The micro-batch for the coming step.
 
         Args:
             sample_work: size of the largest coming sample relative to the usual one; 1 where all are alike.
+            rehearsal: whether the step will be undone, so that the size may grow as far as the model allows at once.
         """
-        self.state, decision = law.decide(self.state, self.limits, self._reading.budget_bytes, sample_work, self.step)
+        self.state, decision = law.decide(
+            self.state, self.limits, self._reading.budget_bytes, sample_work, self.step, rehearsal
+        )
         return decision
 
     def begin_step(self) -> None:

@@ -94,6 +94,33 @@ class GuardedResult(Generic[Result]):
     events: tuple[OutOfMemoryEvent, ...]
 
 
+class _Shadow:
+    """A copy of tensors, made with a kernel or two for all of them, in memory that is kept for the next time."""
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._pairs: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+    def take(self, tensors: list[torch.Tensor]) -> None:
+        """Copy `tensors` as they are now."""
+        known = self._tensors
+        if len(tensors) != len(known) or any(a is not b for a, b in zip(tensors, known, strict=True)):
+            kinds: dict[Any, list[torch.Tensor]] = {}
+            for tensor in tensors:
+                kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+            pairs = [(kind, [torch.empty_like(tensor) for tensor in kind]) for kind in kinds.values()]
+            self._tensors, self._pairs = tensors, pairs
+        with torch.no_grad():
+            for originals, copies in self._pairs:
+                torch._foreach_copy_(copies, originals)
+
+    def restore(self) -> None:
+        """Put back what `take` copied last."""
+        with torch.no_grad():
+            for originals, copies in self._pairs:
+                torch._foreach_copy_(originals, copies)
+
+
 class Guard:
     """Runs optimizer steps so that an out-of-memory error leaves no trace but a smaller micro-batch.
 
@@ -128,8 +155,12 @@ class Guard:
         self.controller = controller
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.others = others
+        self.zero_grad: Callable[[], None] = lambda: optimizer.zero_grad(set_to_none=True)
+        """How gradients are dropped before each try."""
         self._undo_optimizer: Callable[[], None] | None = None
         self._copy_on_host = False
+        self._buffers, self._step_counts = _Shadow(), _Shadow()
+        self._holders = [module._buffers for module in model.modules() if module._buffers]
         create_optimizer_state(optimizer)
         states = [list(state.values()) for state in optimizer.state.values()]
         controller.memory.track([list(model.parameters()), list(model.buffers()), states])
@@ -193,8 +224,8 @@ class Guard:
 
     def _try(self, attempt: Callable[[int], Result], micro_batch: int) -> tuple[Result | None, str | None]:
         """Its value, or the message of the out-of-memory error that ended it."""
-        self.optimizer.zero_grad(set_to_none=True)
         try:
+            self.zero_grad()
             with self.controller.memory.watch():
                 return attempt(micro_batch), None
         except Exception as error:
@@ -251,7 +282,8 @@ class Guard:
 
     def _remember(self) -> Callable[[], None]:
         """Keep what forward and backward change; the result puts it back."""
-        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        # the dicts that hold them, since walking the modules costs as much as a small step
+        self._buffers.take([b for holder in self._holders for b in holder.values() if b is not None])
         cpu_rng = torch.get_rng_state()
         device = self.controller.device
         device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -263,9 +295,7 @@ class Guard:
                 self._undo_optimizer()
                 self._undo_optimizer = None
             self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, kept in buffers:
-                    buffer.copy_(kept)
+            self._buffers.restore()
             torch.set_rng_state(cpu_rng)
             if device_rng is not None:
                 torch.cuda.set_rng_state(device_rng, device)
@@ -275,32 +305,36 @@ class Guard:
 
         return undo
 
-    def _is_atomic(self) -> bool:
-        groups = self.optimizer.param_groups
+    def _atomic_step_counts(self) -> list[torch.Tensor] | None:
+        """The step counts of an optimizer whose step allocates nothing, so that nothing else can be left half done.
+
+        That is a fused kernel over one group of parameters of one kind; None for any other.
+        """
+        groups, state = self.optimizer.param_groups, self.optimizer.state
         if len(groups) != 1 or not groups[0].get("fused") or self.scaler is not None:
-            return False
+            return None
         parameters = [p for p in groups[0]["params"] if p.requires_grad]
-        return len({(p.device, p.dtype) for p in parameters}) == 1 and all(
-            p in self.optimizer.state for p in parameters
-        )
+        if len({(p.device, p.dtype) for p in parameters}) != 1 or any(p not in state for p in parameters):
+            return None
+        return [step for p in parameters if isinstance(step := state[p].get("step"), torch.Tensor)]
 
     def _remember_optimizer(self) -> Callable[[], None]:
-        """Keep what the optimizer changes. A fused kernel allocates nothing, so there only its step counts are kept."""
-        atomic = self._is_atomic()
+        """Keep what the optimizer changes, as far as its step can fail half-way."""
+        steps = self._atomic_step_counts()
+        if steps is not None:
+            self._step_counts.take(steps)
+            return self._step_counts.restore
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        kept = [(p.data, self._copy(p.data)) for p in parameters]
         fresh = [p for p in parameters if p not in self.optimizer.state]
-        if not atomic:
-            kept += [(p.data, self._copy(p.data)) for p in parameters]
         scalars = []
         for parameter in parameters:
             state = self.optimizer.state.get(parameter, {})
             for name, value in state.items():
-                if not isinstance(value, torch.Tensor):
-                    scalars.append((state, name, value))
-                elif not atomic or value.dim() == 0:
+                if isinstance(value, torch.Tensor):
                     kept.append((value, self._copy(value)))
-
+                else:
+                    scalars.append((state, name, value))
         attributes = set(vars(self.optimizer))
 
         def undo() -> None:

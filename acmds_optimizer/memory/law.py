@@ -285,7 +285,12 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
 
 
 def decide(
-    state: State, limits: Limits, budget_bytes: float, sample_work: float = 1.0, step: int = 0
+    state: State,
+    limits: Limits,
+    budget_bytes: float,
+    sample_work: float = 1.0,
+    step: int = 0,
+    rehearsal: bool = False,
 ) -> tuple[State, Decision]:
     """The micro-batch for the coming step.
 
@@ -295,6 +300,7 @@ def decide(
         budget_bytes: what the process may hold now.
         sample_work: size of the largest coming sample; 1 where all have one size.
         step: number of the coming step.
+        rehearsal: whether it will be undone, so that growth may go as far as the model allows at once.
 
     Returns:
         The new state and the decision. More budget never gives a smaller batch.
@@ -328,7 +334,7 @@ def decide(
         batch, reason = max((size for size in usual if size <= state.knee_batch), default=usual[0]), "knee"
     elif fitting[-1] > batch:
         larger = [size for size in fitting if size > batch]
-        batch, reason = _growth(replace(state, **changed), limits, batch, larger, sample_work)
+        batch, reason = _growth(replace(state, **changed), limits, batch, larger, sample_work, rehearsal)
         if reason == "grow":
             changed.update(work=max(changed["work"], batch * sample_work), held_steps=0)
     elif batch == usual[-1]:
@@ -359,7 +365,9 @@ def _worth_a_probe(state: State, limits: Limits, budget_bytes: float, work: floa
     return peaks.sizes < 2 or peaks.predict(work) * (1.0 + peaks.margin_fraction) <= budget_bytes
 
 
-def _growth(state: State, limits: Limits, current: int, larger: list[int], sample_work: float) -> tuple[int, str]:
+def _growth(
+    state: State, limits: Limits, current: int, larger: list[int], sample_work: float, rehearsal: bool
+) -> tuple[int, str]:
     """How far the micro-batch may grow from `current` into `larger`, all of which fit, and what stops it there."""
     if state.disturbed and state.calm_steps < _CALM_STEPS:
         return current, "calm"
@@ -367,7 +375,7 @@ def _growth(state: State, limits: Limits, current: int, larger: list[int], sampl
         larger = [size for size in larger if size <= state.knee_batch]
     # work never seen before: double once, then up to four times, as far as two sizes can be trusted to predict
     reach = max(state.work, state.peaks.largest_work) * (2.0 if state.peaks.sizes < 2 else _COLD_GROWTH) * _SAME
-    within = [size for size in larger if size * sample_work <= reach] or larger[:1]
+    within = [size for size in larger if rehearsal or size * sample_work <= reach] or larger[:1]
     if not within:
         return current, "knee"
     if limits.knee_gain and state.peaks.sizes >= 2:
