@@ -100,8 +100,8 @@ class ACMDSTrainer:
         self.controller = MemoryPressureController(device_id, self.config, memory=memory)
         self.device = self.controller.device
         self.recorder = recorder or Recorder(None, self.config.difficulty_window)
-        shape = (bundle or describe(dataset)).image_shape
-        self._set_up_model(model, optimizer, loss_fn, shape)
+        base = dataset.base_dataset if isinstance(dataset, DifficultyAwareDataset) else dataset
+        self._set_up_model(model, optimizer, loss_fn, (bundle or describe(base)).image_shape)
         self._set_up_data(dataset, val_dataset, bundle)
         self.epoch = 0
         self.step = 0
