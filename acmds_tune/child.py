@@ -17,11 +17,12 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from acmds_tune import host_memory, nvml
 from acmds_tune.objective import (
     DEFAULT_OBJECTIVE,
     Ended,
@@ -42,6 +43,21 @@ DATASET_MODULES = {"digits": ["sklearn.datasets"]}
 
 STOP_GRACE_S = 20.0
 """Seconds that a trial has for its last step and its files after it is asked to stop."""
+
+STOP_FILE = "stop"
+"""In a trial's folder: asks the trial to stop, for the reason that is written in it."""
+
+LOOK_S = 0.1
+"""Seconds between looks at the stop file, and at the clock."""
+
+MEASURE_S = 1.0
+"""Seconds between readings of host memory and of how busy the GPU is."""
+
+GPU_CLEAN_BYTES = 64 * 2**20
+"""A GPU with this much more in use than before the trial counts as clean: neighbours breathe."""
+
+GPU_CLEAN_S, GPU_CALM_S = 10.0, 1.0
+"""Seconds to wait at most until a GPU is as it was before the trial, or its memory has stopped falling."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -68,6 +84,11 @@ class Task:
 
     trial_timeout_s: float | None = None
     silence_timeout_s: float | None = None
+    host_memory_gb: float | None = None
+    """Host memory that the trial and its workers may hold; none: as long as the host has some left."""
+
+    visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of the trial; none: that of the process that starts it."""
 
 
 class TrialProcess:
@@ -80,7 +101,12 @@ class TrialProcess:
         self._message: Ended | None = None
         self._stop_reason = ""
         self._stop_deadline = float("inf")
-        self._started = self._heard = time.monotonic()
+        self._stop_file = Path(task.directory) / STOP_FILE
+        self._kernel_kills = host_memory.kills()
+        self._gpus = _gpus(task)
+        self._gpu_bytes = {gpu: nvml.used_bytes(gpu) for gpu in self._gpus}
+        self._busy: list[float] = []
+        self._started = self._heard = self._measured = time.monotonic()
         # Ray sets 1; torch reads it when the fork server imports it
         os.environ["OMP_NUM_THREADS"] = str(_threads(task.sharers))
         context = multiprocessing.get_context("forkserver")
@@ -99,16 +125,31 @@ class TrialProcess:
         assert self._process.pid is not None
         return self._process.pid
 
+    @property
+    def waitables(self) -> list[Any]:
+        """What `multiprocessing.connection.wait` returns of once there is news."""
+        return [self._receive, self._process.sentinel]
+
     def poll(self, wait_s: float) -> dict[str, Any] | None:
         """Wait for news, `wait_s` seconds at most. Returns the newest progress report if there is one.
 
         Sets `ended` once the trial is over and its process gone.
         """
-        if self.ended is not None:
-            return None
-        ready = wait([self._receive, self._process.sentinel], wait_s)
+        until = time.monotonic() + wait_s
+        news = None
+        while self.ended is None and news is None:
+            left = until - time.monotonic()
+            news = self._look(max(0.0, min(left, LOOK_S)))
+            if left <= LOOK_S:
+                break
+        return news
+
+    def _look(self, wait_s: float) -> dict[str, Any] | None:
+        ready = wait(self.waitables, wait_s)
         news = self._drain() if ready else None
         now = time.monotonic()
+        if not self._stop_reason and self._stop_file.exists():
+            self.stop(self._stop_file.read_text(encoding="utf-8"))
         if self._message is not None:
             self._process.join(STOP_GRACE_S)  # its memory is free only when it is gone
             self._finish(self._message)
@@ -121,7 +162,25 @@ class TrialProcess:
             self._finish(self._so_far("timeout", f"had not ended after {self.task.trial_timeout_s:g} s"))
         elif self.task.silence_timeout_s is not None and now - self._heard > self.task.silence_timeout_s:
             self._finish(self._so_far("timeout", f"gave no sign of progress for {self.task.silence_timeout_s:g} s"))
+        elif now - self._measured > MEASURE_S:
+            self._measured = now
+            self._busy += [busy for gpu in self._gpus if (busy := nvml.busy_fraction(gpu)) is not None]
+            reason = self._too_much_host_memory()
+            if reason:
+                self._finish(self._so_far("host_oom", reason))
         return news
+
+    def _too_much_host_memory(self) -> str:
+        limit = self.task.host_memory_gb
+        short = host_memory.is_short()
+        if limit is None and not short:
+            return ""
+        held = host_memory.held_bytes(self.pid) / 2**30
+        if limit is not None and held > limit:
+            return f"held {held:.2f} GB of host memory, more than resources.host_memory_gb, {limit:g}"
+        if short and held > host_memory.MOST_RESERVE_BYTES / 2**30:  # else it is not the one that fills it
+            return f"host memory was nearly full, and it held {held:.2f} GB of it; lower num_workers"
+        return ""
 
     def stop(self, reason: str) -> None:
         """Ask the trial to end at its next step; after STOP_GRACE_S it is killed. Its status is then `stopped`."""
@@ -161,9 +220,10 @@ class TrialProcess:
         if self._stop_reason:
             return self._so_far("stopped", self._stop_reason)
         code = self._process.exitcode
+        if code == -signal.SIGKILL and host_memory.kills() > self._kernel_kills:
+            return self._so_far("host_oom", "the system killed it because host memory was full; lower num_workers")
         if code is not None and code < 0:
             how = f"its process was killed by {signal.Signals(-code).name}"
-            how += " (by the system, perhaps because host memory was full)" if -code == signal.SIGKILL else ""
         else:
             how = f"its process ended with exit code {code} and without a result"
         return self._so_far("crashed", f"{how}; see trials/{self.task.number:04d}/log.txt")
@@ -177,8 +237,43 @@ class TrialProcess:
         self._lifeline.close()
         if ended.status == "stopped" and self._stop_reason:
             ended = replace(ended, reason=self._stop_reason)
+        if self._busy:
+            busy = sum(self._busy) / len(self._busy)
+            ended = replace(ended, figures={**ended.figures, "gpu_busy_fraction": busy})
+        self._wait_until_clean()
         self.ended = replace(ended, seconds=time.monotonic() - self._started)
         write_outcome(Path(self.task.directory), self.task.number, self.task.seed, self.ended)
+
+    def _wait_until_clean(self) -> None:
+        """Wait until the GPU's memory is as it was before the trial: the driver takes a moment to give it back."""
+        for gpu, before in self._gpu_bytes.items():
+            began = fell = time.monotonic()
+            least = nvml.used_bytes(gpu)
+            while before is not None and least is not None and least > before + GPU_CLEAN_BYTES:
+                now = time.monotonic()
+                if now - began > GPU_CLEAN_S or now - fell > GPU_CALM_S:
+                    extra = (least - before) / 2**30
+                    logger.warning("trial %d: GPU %s has %.2f GB more in use than before", self.task.number, gpu, extra)
+                    break
+                time.sleep(0.02)
+                used = nvml.used_bytes(gpu)
+                if used is not None and used < least:
+                    least, fell = used, now
+
+
+def _gpus(task: Task) -> list[str]:
+    """The cards that the trial may use."""
+    if str(task.settings.get("device", "cuda")) == "cpu":
+        return []
+    return nvml.visible_devices() if task.visible_devices is None else task.visible_devices.split(",")
+
+
+def request_stop(directory: Path, reason: str) -> None:
+    """Ask the trial in `directory` to stop, on whatever machine it runs that shares the folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{STOP_FILE}.{os.getpid()}"
+    temporary.write_text(reason, encoding="utf-8")
+    temporary.replace(directory / STOP_FILE)
 
 
 def _preloaded(task: Task) -> list[str]:
@@ -224,6 +319,8 @@ def _main(task: Task, send: Connection, lifeline: Connection) -> None:
     directory = Path(task.directory)
     directory.mkdir(parents=True, exist_ok=True)
     _log_to(directory / "log.txt")
+    if task.visible_devices is not None:  # before anything here starts CUDA
+        os.environ["CUDA_VISIBLE_DEVICES"] = task.visible_devices
     if task.working_directory:
         os.chdir(task.working_directory)
     sys.path[:0] = [entry for entry in task.import_path if entry not in sys.path]
@@ -277,8 +374,3 @@ def _log_to(path: Path) -> None:
     sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115 - a descriptor
     sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8")  # noqa: SIM115 - a descriptor
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-
-
-def task_to_plain(task: Task) -> dict[str, Any]:
-    """`task` as plain values."""
-    return asdict(task)

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a fixed setting, whatever the file says; repeatable",
     )
+    _add_backend(search)
     search.set_defaults(run=_search)
 
     resume = commands.add_parser(
@@ -72,7 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume.add_argument("directory", type=Path, metavar="DIR", help="folder of the study, such as results/quickstart")
     resume.add_argument("--trials", type=int, metavar="N", help="how many trials in all, whatever the study says")
+    _add_backend(resume)
     resume.set_defaults(run=_resume)
+
+    extend = commands.add_parser(
+        "extend",
+        help="run more trials in a study",
+        description="Run more trials in a study that has run all it was asked for, with what its sampler knows.",
+    )
+    extend.add_argument("directory", type=Path, metavar="DIR", help="folder of the study")
+    extend.add_argument("--trials", required=True, metavar="+N", help="how many more, such as +20; N: how many in all")
+    _add_backend(extend)
+    extend.set_defaults(run=_extend)
 
     report = commands.add_parser(
         "report",
@@ -99,30 +111,74 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_backend(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--backend",
+        choices=("ray", "local"),
+        default="ray",
+        help="who starts the trials: Ray, or this process itself, which starts sooner (%(default)s)",
+    )
+    command.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="join this Ray cluster (auto, or host:6379); its machines must share the study's folder",
+    )
+
+
 def _search(arguments: argparse.Namespace) -> int:
     fixed = dict(_pair(text) for text in arguments.set)
     space = load(arguments.file, overrides={"name": arguments.name, "trials": arguments.trials}, fixed=fixed)
     directory = arguments.results_dir / space.name
-    return _run(space, directory, arguments.file.read_text(encoding="utf-8"), fixed, resume=arguments.resume)
+    yaml_text = arguments.file.read_text(encoding="utf-8")
+    return _run(arguments, space, directory, yaml_text, fixed, resume=arguments.resume)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
+    return _go_on(arguments, lambda before: before if arguments.trials is None else arguments.trials)
+
+
+def _extend(arguments: argparse.Namespace) -> int:
+    text = arguments.trials
+    if not text.removeprefix("+").isdigit() or int(text) == 0:
+        raise ConfigError("command line", [f"--trials {text}: write +20 for 20 more, or 50 for 50 in all"])
+
+    def wanted(before: int) -> int:
+        if not text.startswith("+") and int(text) <= before:
+            raise ConfigError("command line", [f"--trials {text}: the study has {before} already; write +{text}?"])
+        return before + int(text) if text.startswith("+") else int(text)
+
+    return _go_on(arguments, wanted)
+
+
+def _go_on(arguments: argparse.Namespace, trials: Callable[[int], int]) -> int:
+    """Resume a study; `trials` makes the number that it is to have from the one that it was to have."""
     from acmds_tune.study import read_about  # imports Optuna
 
     about = read_about(arguments.directory)
-    overrides = {"name": about["name"], "trials": arguments.trials or about["space"]["trials"]}
+    overrides = {"name": about["name"], "trials": trials(about["space"]["trials"])}
     space = load(arguments.directory / "study.yaml", overrides=overrides, fixed=about["set"])
-    return _run(space, arguments.directory, about["yaml"], about["set"], resume=True)
+    return _run(arguments, space, arguments.directory, about["yaml"], about["set"], resume=True)
 
 
-def _run(space: Space, directory: Path, yaml_text: str, fixed: dict[str, str], *, resume: bool) -> int:
+def _run(
+    arguments: argparse.Namespace,
+    space: Space,
+    directory: Path,
+    yaml_text: str,
+    fixed: dict[str, str],
+    *,
+    resume: bool,
+) -> int:
+    if arguments.backend == "local" and arguments.ray_address:
+        raise ConfigError("command line", ["--ray-address: does not go with --backend local"])
     if resume and not directory.exists():
         resume = False
-    if not resume:  # before Ray is even imported
+    if not resume:  # before Optuna and Ray are even imported
         make_room(directory)
-    from acmds_tune.search import run_search  # imports Ray and Optuna
+    from acmds_tune.search import run_search
 
-    result = run_search(space, directory, yaml_text, fixed=fixed, resume=resume)
+    where = {"backend": arguments.backend, "ray_address": arguments.ray_address}
+    result = run_search(space, directory, yaml_text, fixed=fixed, resume=resume, **where)
     return _conclude(result, directory)
 
 
@@ -130,7 +186,7 @@ def _conclude(result: SearchResult, directory: Path) -> int:
     """Say what came out. The path of best.json goes to stdout."""
     if result.ending:
         print(
-            f"{result.ending}; {result.missing} trials are left. Go on with: acmds-tune resume {directory}",
+            f"acmds-tune: {result.ending}; {result.missing} trials are left. Go on with: acmds-tune resume {directory}",
             file=sys.stderr,
         )
     if result.best is not None:

@@ -39,6 +39,7 @@ STATUSES: dict[str, str] = {
     "ok": "ran to its end and kept every constraint",
     "infeasible": "ran to its end, but broke a constraint or has no value of an objective",
     "oom": "ran out of memory for good: nothing fitted",
+    "host_oom": "filled the host's memory and was ended",
     "crashed": "its process died",
     "timeout": "took too long, or was silent for too long",
     "error": "raised an error",
@@ -70,6 +71,8 @@ FIGURES = (
     Column("val_accuracy", "float", "0 to 1", "Share of the validation samples that are classified right."),
     Column("steps", "int", "", "Optimizer steps made."),
     Column("samples", "int", "", "Samples trained on, repeats not counted."),
+    Column("training_seconds", "float", "s", "Wall time from the first step to the end, validation included."),
+    Column("gpu_busy_fraction", "float", "0 to 1", "Share of the trial's time in which its GPU ran a kernel (NVML)."),
 )
 """What a training run measured; the values of a trial that ended badly are those measured until then."""
 

@@ -175,7 +175,7 @@ def check_ray() -> Iterator[Finding]:
     """Ray's start and stop, and whether it sees the GPUs that torch sees."""
     import torch
 
-    from acmds_tune.search import quiet_ray
+    from acmds_tune.ray_backend import quiet_ray
     from acmds_tune.space import Space
 
     import ray  # isort: skip - after its environment, which the search sets

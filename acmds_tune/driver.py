@@ -6,16 +6,14 @@ Knows nothing of Ray. A backend asks `next_task`, passes on what the trials say,
 from __future__ import annotations
 
 import logging
-import os
+import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from acmds_tune.child import Task
+from acmds_tune.child import Task, request_stop
 from acmds_tune.objective import Ended
 from acmds_tune.report import write_data
 from acmds_tune.space import Space
@@ -29,6 +27,9 @@ logger = logging.getLogger(__name__)
 INTERRUPTED = "the search was interrupted"
 OUT_OF_TIME = "the minutes of the search were over"
 PRUNED = "pruned: behind other trials at the same point"
+
+ALIKE = 5
+"""So many first trials that all fail for one reason end the search: the next one would fail as well."""
 
 
 @dataclass
@@ -45,7 +46,6 @@ class Driver:
         space: what is searched.
         objective: `package.module:function` that every trial runs.
         sharers: trials at once.
-        request_stop: called with a trial's folder and the reason when a trial is to end early.
         display: is told what happens.
     """
 
@@ -56,7 +56,6 @@ class Driver:
         *,
         objective: str,
         sharers: int,
-        request_stop: Callable[[Path, str], None],
         display: Display,
     ) -> None:
         self.study = study
@@ -65,10 +64,10 @@ class Driver:
         self.ending = ""
         """Why no further trial is started; empty while there is no such reason."""
         self._objective = objective
-        self._request_stop = request_stop
         self._display = display
         self._running: dict[int, _Running] = {}
         self._durations: list[float] = []
+        self._failures: list[str] | None = []  # reasons of the failed trials while no other has ended
         minutes = space.budget.minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
 
@@ -107,11 +106,12 @@ class Driver:
             settings=proposal.settings,
             directory=str(self.study.trial_directory(proposal.number)),
             objective=self._objective,
-            working_directory=str(Path.cwd()),
-            import_path=[entry or str(Path.cwd()) for entry in sys.path],
+            working_directory=self.study.working_directory,
+            import_path=self.study.import_path,
             sharers=self.sharers,
             trial_timeout_s=self.space.timeouts.trial,
             silence_timeout_s=self.space.timeouts.silence,
+            host_memory_gb=self.space.resources.host_memory_gb,
         )
 
     def heard(self, number: int, progress: Mapping[str, Any] | None) -> None:
@@ -130,10 +130,12 @@ class Driver:
         running = self._running[number]
         if not running.stop_reason:
             running.stop_reason = reason
-            self._request_stop(self.study.trial_directory(number), reason)
+            request_stop(self.study.trial_directory(number), reason)
 
-    def ended(self, number: int, ended: Ended) -> None:
-        """A trial is over: write its row, all tables, and best.json."""
+    def ended(self, number: int, ended: Ended, progress: Mapping[str, Any] | None = None) -> None:
+        """A trial is over, perhaps with a last progress report: write its row, all tables, and best.json."""
+        if progress is not None:
+            self.study.should_prune(number, progress)  # too late for it, but others are compared with it
         running = self._running.pop(number)
         if not ended.seconds:
             ended = replace(ended, seconds=time.monotonic() - running.started)
@@ -141,15 +143,22 @@ class Driver:
         status = self.study.finish(number, ended, interrupted=interrupted)
         if not interrupted:
             self._durations.append(time.monotonic() - running.started)
+            self._give_up_if_all_fail(status, ended.reason)
         self._display.ended(number, status, ended)
         write_data(self.study.directory)
 
+    def abandon(self) -> None:
+        """Give up the trials that run: they are rows that do not count, and are tried again when it is resumed."""
+        for number, running in list(self._running.items()):
+            seconds = time.monotonic() - running.started
+            self.study.finish(number, Ended("stopped", INTERRUPTED, seconds=seconds), interrupted=True)
+        self._running.clear()
 
-def request_stop_by_file(directory: Path, reason: str) -> None:
-    """Ask the trial in `directory` to stop, on whatever machine it runs that shares the folder."""
-    from acmds_tune.trainable import STOP_FILE
-
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{STOP_FILE}.{os.getpid()}"
-    temporary.write_text(reason, encoding="utf-8")
-    temporary.replace(directory / STOP_FILE)
+    def _give_up_if_all_fail(self, status: str, reason: str) -> None:
+        if self._failures is None or status in ("ok", "infeasible", "stopped"):
+            self._failures = None
+            return
+        # numbers differ from trial to trial: bytes, seconds, the trial's own folder
+        self._failures.append(f"{status}: {re.sub(r'[0-9.]+', '#', reason)}")
+        if len(self._failures) == ALIKE and len(set(self._failures)) == 1 and self.study.missing:
+            self.ending = f"the first {ALIKE} trials all ended alike ({status}: {reason})"

@@ -16,11 +16,14 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.config import TrainConfig, build
 from acmds_optimizer.errors import ACMDSError, ConfigError, OutOfMemoryForGoodError
 from acmds_tune.columns import FIGURES
+
+if TYPE_CHECKING:
+    from acmds_optimizer.engine.trainer import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +58,16 @@ def run(settings: Mapping[str, Any], directory: Path, report: Report, should_sto
     from acmds_optimizer.engine.run import run_training  # imports torch
 
     config = build(TrainConfig, {**settings, "output_dir": str(directory)}, "settings of the trial")
-    outcome = run_training(
-        config,
-        output_dir=directory,
-        on_progress=lambda progress: report(asdict(progress)),
-        should_stop=should_stop,
-    )
-    return figures_of(asdict(outcome)) | {"stopped_early": outcome.stopped_early}
+    began = float("inf")
+
+    def pass_on(progress: Progress) -> None:
+        nonlocal began
+        began = min(began, time.monotonic() - progress.seconds)  # of the first step
+        report(asdict(progress))
+
+    outcome = run_training(config, output_dir=directory, on_progress=pass_on, should_stop=should_stop)
+    trained = max(outcome.seconds, time.monotonic() - began)
+    return figures_of({**asdict(outcome), "training_seconds": trained}) | {"stopped_early": outcome.stopped_early}
 
 
 def figures_of(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ STYLES = {
     "infeasible": "yellow",
     "stopped": "yellow",
     "oom": "red",
+    "host_oom": "red",
     "crashed": "red",
     "timeout": "red",
     "error": "red",

@@ -25,6 +25,7 @@ SYMBOLS = {
     "ok": "circle",
     "infeasible": "circle-open",
     "oom": "x-thin-open",
+    "host_oom": "cross-thin-open",
     "crashed": "triangle-down-open",
     "timeout": "square-open",
     "error": "diamond-open",

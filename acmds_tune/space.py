@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from acmds_optimizer.config import TrainConfig, nearest
+from acmds_optimizer.errors import ACMDSError
 from acmds_tune.columns import FIGURES
 
 Scalar = bool | int | float | str | None
@@ -48,6 +49,10 @@ SET_BY_THE_SEARCH = {
 """Settings that a file cannot set for trials."""
 
 _CONSTRAINT = re.compile(r"\s*([A-Za-z_]\w*)\s*(<=|>=|==|<|>|=)\s*(\S+)\s*")
+
+
+class ResourceError(ACMDSError):
+    """The machine has not what the trials need."""
 
 
 class _Model(BaseModel):
@@ -133,7 +138,20 @@ class Resources(_Model):
     """What the trials share."""
 
     concurrent_trials: Annotated[int, Ge(1)] | None = None
-    """Trials at once; none: one a GPU, one on the CPU, because trials measure throughput."""
+    """Trials at once; none: as many as GPUs allow, one on the CPU, because trials measure throughput."""
+
+    gpus_per_trial: Annotated[float, Gt(0)] = 1
+    """GPUs that a trial sees, a whole number; or the share of one that it may use, such as 0.5."""
+
+    host_memory_gb: Annotated[float, Gt(0)] | None = None
+    """Host memory a trial and its workers may hold; none: until 5 % of the host's (2 GB at most) are left."""
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _whole_or_share(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a whole number, or a share of one GPU below 1")
+        return value
 
 
 class Space(_Model):

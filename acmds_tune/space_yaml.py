@@ -83,7 +83,13 @@ def read(path: Path) -> tuple[dict[str, Any], Source]:
     return values, source
 
 
-def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, source: Source) -> Any:
+def _construct(
+    loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, source: Source, above: tuple[yaml.Node, ...] = ()
+) -> Any:
+    if any(node is outer for outer in above):  # `a: &x [*x]`
+        source.complain(path, "holds itself, through an alias")
+        return None
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
         _check_duplicates(node, path, source)
         loader.flatten_mapping(node)  # `<<: *anchor`
@@ -93,13 +99,13 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, source: 
             key = written.replace("-", "_")
             line = key_node.start_mark.line + 1
             source.origin[(*path, key)] = (line, ".".join(str(part) for part in (*path, written)))
-            result[key] = _construct(loader, value_node, (*path, key), source)
+            result[key] = _construct(loader, value_node, (*path, key), source, above)
         return result
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             dotted = ".".join(str(part) for part in (*path, index))
             source.origin[(*path, index)] = (item.start_mark.line + 1, dotted)
-        return [_construct(loader, item, (*path, index), source) for index, item in enumerate(node.value)]
+        return [_construct(loader, item, (*path, index), source, above) for index, item in enumerate(node.value)]
     value = loader.construct_object(node, deep=True)
     if (
         isinstance(value, str)

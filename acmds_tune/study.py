@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +67,15 @@ class SearchStudy:
         self._percent: dict[int, int] = {}
         self._constraints = space.parsed_constraints
         self._order = ordered(space.search) or []
+        about = study.user_attrs["acmds"]
+        self.working_directory: str = about["working_directory"]
+        """Where relative paths of the settings start, also where the search is resumed from another folder."""
+        if not Path(self.working_directory).is_dir():
+            logger.warning("%s is gone; relative paths start in %s", self.working_directory, Path.cwd())
+            self.working_directory = str(Path.cwd())
+        here = [entry or str(Path.cwd()) for entry in sys.path]
+        self.import_path: list[str] = [*here, *(entry for entry in about["import_path"] if entry not in here)]
+        """Where trials look for the user's own modules: as this process does, then as the first search did."""
 
     # --- beginning
 
@@ -95,6 +105,8 @@ class SearchStudy:
             "yaml": yaml_text,
             "space": space.model_dump(mode="json"),
             "set": dict(fixed),
+            "working_directory": str(Path.cwd()),
+            "import_path": [entry or str(Path.cwd()) for entry in sys.path],
         }
         study.set_user_attr("acmds", about)
         study.enqueue_trial(default_values(space))
@@ -122,7 +134,9 @@ class SearchStudy:
     def _resume(cls, directory: Path, space: Space, lock: int) -> SearchStudy:
         mend(directory / JOURNAL)
         about = read_about(directory)
-        differences = space_differences(about["space"], space.model_dump(mode="json"))
+        # through the model, so that keys which are newer than the study have their defaults
+        before = Space.model_validate(about["space"]).model_dump(mode="json")
+        differences = space_differences(before, space.model_dump(mode="json"))
         if differences:
             raise ConfigError(
                 str(directory),
@@ -194,7 +208,8 @@ class SearchStudy:
         """Take in a progress report of a running trial; true where the pruner would end it now."""
         if self.space.pruner == "none":
             return False
-        percent = _percent(progress, self.space.budget.seconds)
+        # on a grid, because the pruners compare trials that have a value at exactly the same step
+        percent = _percent(progress, self.space.budget.seconds) // PRUNER_REPORT_PERCENT * PRUNER_REPORT_PERCENT
         value = progress.get({"train_loss": "loss"}.get(self.space.objective[0].name, self.space.objective[0].name))
         if value is None or not math.isfinite(value) or percent < self._percent.get(number, 0) + PRUNER_REPORT_PERCENT:
             return False

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from acmds_tune.child import Task, TrialProcess
-
-STOP_FILE = "stop"
-"""In a trial's folder: asks the trial to stop, for the reason that is written in it."""
 
 STEP_S = 1.0
 """Seconds after which a step returns without news, so that the actor can always be spoken to."""
@@ -42,9 +38,6 @@ class TrialRunner(tune.Trainable):
         """News of the running trial."""
         if self._trial is None:
             self._trial = TrialProcess(self._task)
-        stop = Path(self._trial.task.directory) / STOP_FILE
-        if stop.exists():
-            self._trial.stop(stop.read_text(encoding="utf-8"))
         progress = self._trial.poll(STEP_S)
         result: dict[str, Any] = {"done": self._trial.ended is not None}
         if progress is not None:

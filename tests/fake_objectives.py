@@ -154,3 +154,41 @@ def meets_another(
     while not neighbour.exists():
         time.sleep(0.01)
     return figures()
+
+
+def eats_host_memory(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    """Holds 200 MB, and goes on."""
+    held = bytearray(os.urandom(1024)) * 200 * 1024
+    report(progress(1))
+    assert len(held) == 200 * 2**20
+    return goes_on(settings, directory, report, should_stop)
+
+
+def says_where_it_is(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    (directory / "cwd").write_text(str(Path.cwd()), encoding="utf-8")
+    return figures()
+
+
+def interrupts_twice(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    """Presses Ctrl-C in the search, does not stop, and presses it again."""
+    if directory.name == "0001":
+        search = int((directory.parents[3] / "driver.pid").read_text(encoding="utf-8"))
+        os.kill(search, signal.SIGINT)
+        while not should_stop():
+            report(progress(1))
+            time.sleep(0.01)
+        os.kill(search, signal.SIGINT)
+        return hangs(settings, directory, report, should_stop)
+    return ok(settings, directory, report, should_stop)
+
+
+def fails_after_the_first(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    return (ok if directory.name == "0000" else raises)(settings, directory, report, should_stop)

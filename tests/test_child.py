@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from acmds_tune import child
+from acmds_tune import child, host_memory, nvml
 from acmds_tune.child import Task, TrialProcess
 from acmds_tune.objective import Ended, read_outcome
 
@@ -111,6 +111,64 @@ def test_a_trial_that_takes_too_long_is_killed_although_it_reports(start: Callab
     ended = end_of(start("goes_on", trial_timeout_s=0.5, silence_timeout_s=30.0))
     assert (ended.status, ended.reason) == ("timeout", "had not ended after 0.5 s")
     assert ended.figures["steps"] > 1
+
+
+def test_a_trial_that_holds_more_host_memory_than_it_may_is_ended(
+    start: Callable[..., TrialProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "MEASURE_S", 0.05)
+    ended = end_of(start("eats_host_memory", host_memory_gb=0.19))
+    assert ended.status == "host_oom"
+    assert ended.reason.endswith("GB of host memory, more than resources.host_memory_gb, 0.19")
+    assert ended.figures["steps"] >= 1
+
+
+def test_where_the_host_runs_short_only_a_trial_that_fills_it_is_ended(
+    start: Callable[..., TrialProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "MEASURE_S", 0.05)
+    monkeypatch.setattr(host_memory, "is_short", lambda: True)
+    assert end_of(start("ok")).status == "ok"
+    monkeypatch.setattr(host_memory, "MOST_RESERVE_BYTES", 100 * 2**20)
+    assert "host memory was nearly full" in end_of(start("eats_host_memory")).reason
+
+
+def test_the_memory_of_a_container_counts_where_it_has_less_than_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "PROC", tmp_path)
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    assert host_memory.available_bytes() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 600 kB\n", encoding="ascii")
+    assert host_memory.available_bytes() == (600 * 1024, 1000 * 1024)
+    for name, text in (("max", "500000"), ("current", "490000"), ("stat", "file 9\ninactive_file 5000")):
+        (tmp_path / f"memory.{name}").write_text(text + "\n", encoding="ascii")
+    assert host_memory.available_bytes() == (15000, 500000)
+    assert host_memory.is_short()
+    (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
+    assert not host_memory.is_short()
+
+
+def test_a_stop_file_in_its_folder_ends_a_trial(start: Callable[..., TrialProcess], tmp_path: Path) -> None:
+    trial = start("goes_on")
+    wait_until(lambda: trial.poll(0.1) is not None)
+    child.request_stop(tmp_path / "0007", "enough")
+    assert (end_of(trial).status, end_of(trial).reason) == ("stopped", "enough")
+
+
+def test_the_gpu_is_awaited_until_it_is_as_it_was_before_the_trial(
+    start: Callable[..., TrialProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = iter([1000, 400 * 2**20, 300 * 2**20, 1000])  # before; then the driver gives it back bit by bit
+    monkeypatch.setattr(nvml, "visible_devices", lambda: ["0"])
+    monkeypatch.setattr(nvml, "used_bytes", lambda gpu: next(used))
+    monkeypatch.setattr(nvml, "busy_fraction", lambda gpu: 0.5)
+    monkeypatch.setattr(child, "MEASURE_S", 0.0)
+    trial = start("goes_on")
+    wait_until(lambda: trial.poll(0.1) is not None)
+    trial.stop("enough")
+    assert end_of(trial).figures["gpu_busy_fraction"] == 0.5
+    assert next(used, "all read") == "all read"
 
 
 def test_a_trial_that_is_asked_to_stop_ends_itself_with_whole_figures(start: Callable[..., TrialProcess]) -> None:

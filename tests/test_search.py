@@ -18,11 +18,15 @@ import pandas as pd
 import pytest
 
 from acmds_optimizer.errors import ConfigError
-from acmds_tune.driver import INTERRUPTED, OUT_OF_TIME, Driver, request_stop_by_file
+from acmds_tune import nvml
+from acmds_tune.child import STOP_GRACE_S
+from acmds_tune.driver import ALIKE, INTERRUPTED, OUT_OF_TIME, Driver
+from acmds_tune.local_backend import devices
 from acmds_tune.objective import Ended
 from acmds_tune.progress import Display
-from acmds_tune.search import ResourceError, SearchResult, _StudySearcher, quiet_ray, run_search
-from acmds_tune.space import Resources, Space
+from acmds_tune.ray_backend import _StudySearcher, quiet_ray
+from acmds_tune.search import SearchResult, run_search
+from acmds_tune.space import ResourceError, Resources, Space
 from acmds_tune.space_load import load
 from acmds_tune.study import SearchStudy
 from tests.fake_objectives import figures
@@ -64,10 +68,11 @@ def table(result: SearchResult) -> pd.DataFrame:
     return pd.read_csv(result.directory / "trials.csv").set_index("trial")
 
 
+@pytest.mark.parametrize("backend", ["ray", "local"])
 def test_every_end_of_a_trial_is_a_row_and_the_search_goes_on(
-    search: Callable[..., SearchResult], capfd: pytest.CaptureFixture[str]
+    search: Callable[..., SearchResult], capfd: pytest.CaptureFixture[str], backend: str
 ) -> None:
-    result = search("mixed")
+    result = search("mixed", backend=backend)
     rows = table(result)
     assert list(rows.status) == ["ok", "error", "oom", "crashed", "timeout", "ok"]
     assert list(rows.feasible) == [True, False, False, False, False, True]
@@ -94,16 +99,17 @@ def test_a_study_is_never_written_over(search: Callable[..., SearchResult]) -> N
     assert (Path(caught.value.source) / "journal.log").read_bytes() == before
 
 
+@pytest.mark.parametrize("backend", ["ray", "local"])
 def test_ctrl_c_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
-    search: Callable[..., SearchResult],
+    search: Callable[..., SearchResult], backend: str
 ) -> None:
-    result = search("interrupts")
+    result = search("interrupts", backend=backend)
     rows = table(result)
     assert (result.ending, result.interrupted, result.missing) == (INTERRUPTED, True, 5)
     assert list(rows.status) == ["ok", "stopped"]
     assert rows.reason[1] == INTERRUPTED
     assert (result.directory / "report.html").is_file()
-    resumed = search("ok", resume=True)
+    resumed = search("ok", resume=True, backend="local")
     rows = table(resumed)
     assert (resumed.ending, resumed.missing) == ("", 0)
     assert list(rows.status) == ["ok", "stopped", "ok", "ok", "ok", "ok", "ok"]
@@ -111,11 +117,65 @@ def test_ctrl_c_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
     assert rows["config/lr"].nunique() == 6
 
 
+def test_a_second_ctrl_c_ends_the_search_at_once_and_still_writes_the_page(search: Callable[..., SearchResult]) -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        search("interrupts_twice", TEXT.replace("silence: 1", "silence: 60"), backend="local")
+    assert time.monotonic() - began < STOP_GRACE_S
+    result = search("ok", resume=True, backend="local", overrides={"trials": 3})
+    rows = table(result)
+    assert list(rows.status) == ["ok", "stopped", "ok", "ok"]
+    assert rows.reason[1] == INTERRUPTED
+
+
+def test_a_search_whose_trials_all_fail_alike_is_ended_early_and_says_why(
+    search: Callable[..., SearchResult],
+) -> None:
+    result = search("raises", TEXT.replace("trials: 6", "trials: 30"), backend="local")
+    assert list(table(result).status) == ["error"] * ALIKE
+    assert result.ending == f"the first {ALIKE} trials all ended alike (error: ValueError: the data are broken)"
+    assert (result.best, result.missing) == (None, 25)
+
+
+def test_one_trial_that_ends_well_or_otherwise_shows_that_not_all_fail_alike(
+    search: Callable[..., SearchResult],
+) -> None:
+    assert search("fails_after_the_first", TEXT.replace("trials: 6", "trials: 8"), backend="local").ending == ""
+
+
+def test_the_local_backend_shares_the_gpus_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "visible_devices", lambda: ["2", "3", "5"])
+    assert devices(Space(fixed={"device": "cuda"})) == ["2", "3", "5"]
+    assert devices(Space(fixed={"device": "cuda"}, resources=Resources(concurrent_trials=2))) == ["2", "3"]
+    assert devices(Space(fixed={"device": "cuda"}, resources=Resources(gpus_per_trial=2))) == ["2,3"]
+    assert devices(Space(fixed={"device": "cuda"}, resources=Resources(gpus_per_trial=0.5))) == [
+        "2",
+        "3",
+        "5",
+        "2",
+        "3",
+        "5",
+    ]
+    assert devices(Space(fixed={"device": "cpu"}, resources=Resources(concurrent_trials=2))) == [None, None]
+    with pytest.raises(ResourceError, match="need 8 GPUs, but NVIDIA's driver shows 3 here"):
+        devices(Space(fixed={"device": "cuda"}, resources=Resources(gpus_per_trial=4, concurrent_trials=2)))
+
+
+def test_a_trial_runs_where_the_search_was_started_first(
+    search: Callable[..., SearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = search("says_where_it_is", backend="local", overrides={"trials": 1})
+    monkeypatch.chdir(result.directory)
+    search("says_where_it_is", backend="local", overrides={"trials": 2}, resume=True)
+    assert (result.directory / "trials" / "0001" / "cwd").read_text(encoding="utf-8") == str(tmp_path)
+
+
 def test_after_ctrl_c_everything_is_written_before_ray_is_called_again(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
     space = load(tmp_path / "s.yaml")
     study = SearchStudy.create(tmp_path / "s", space, TEXT, {})
-    options: dict[str, Any] = {"objective": "", "sharers": 1, "request_stop": request_stop_by_file}
+    options: dict[str, Any] = {"objective": "", "sharers": 1}
     driver = Driver(study, space, display=Display("s", 6, []), **options)
     searcher = _StudySearcher(driver)
     for name, ended in (("a", Ended("ok", "finished", figures(), 1.0)), ("b", Ended("stopped", INTERRUPTED, {}, 1.0))):
@@ -138,7 +198,7 @@ def test_a_search_whose_trials_are_all_run_did_not_end_for_want_of_time(
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     space = load(tmp_path / "s.yaml")
     study = SearchStudy.create(tmp_path / "s", space, text, {})
-    options: dict[str, Any] = {"objective": "", "sharers": 1, "request_stop": request_stop_by_file}
+    options: dict[str, Any] = {"objective": "", "sharers": 1}
     driver = Driver(study, space, display=Display("s", 1, []), **options)
     task = driver.next_task()
     assert task is not None
@@ -156,7 +216,7 @@ def test_a_trial_whose_watcher_dies_is_crashed_and_the_search_goes_on(search: Ca
 
 
 def test_a_search_stops_when_its_minutes_are_over(search: Callable[..., SearchResult]) -> None:
-    result = search("goes_on", TEXT + "budget: {minutes: 0.08}\n")
+    result = search("goes_on", TEXT + "budget: {minutes: 0.05}\n", backend="local")
     assert (result.ending, result.missing) == (OUT_OF_TIME, 6)
     rows = table(result)
     assert list(rows.status) == ["stopped"]
@@ -170,21 +230,26 @@ def test_a_trial_behind_the_others_is_pruned_with_what_it_measured(search: Calla
     assert rows.val_loss[6] == 7.0
 
 
+@pytest.mark.parametrize("backend", ["ray", "local"])
 def test_two_trials_run_at_once_where_that_is_asked_for_and_each_is_started_once(
-    search: Callable[..., SearchResult],
+    search: Callable[..., SearchResult], backend: str
 ) -> None:
     text = TEXT.replace("silence: 1", "silence: 20") + "resources: {concurrent_trials: 2}\n"
-    result = search("meets_another", text)
+    result = search("meets_another", text, backend=backend)
     assert list(table(result).status) == ["ok"] * 6
     for number in range(6):
         started = result.directory / "trials" / f"{number:04d}" / "started"
         assert started.read_text(encoding="utf-8") == "once\n"
 
 
-def test_a_gpu_that_is_not_there_is_an_error_at_once_and_leaves_no_study(search: Callable[..., SearchResult]) -> None:
+@pytest.mark.parametrize(("backend", "who"), [("ray", "Ray sees"), ("local", "NVIDIA's driver shows")])
+def test_a_gpu_that_is_not_there_is_an_error_at_once_and_leaves_no_study(
+    search: Callable[..., SearchResult], backend: str, who: str
+) -> None:
     began = time.monotonic()
-    with pytest.raises(ResourceError, match="Ray sees none here"):
-        search("ok", TEXT.replace("device: cpu", "device: cuda").replace("trials: 6", "trials: 1"))
+    text = TEXT.replace("device: cpu", "device: cuda").replace("trials: 6", "trials: 1")
+    with pytest.raises(ResourceError, match=f"{who} none here"):
+        search("ok", text, backend=backend)
     assert time.monotonic() - began < 10
 
 
@@ -218,7 +283,7 @@ def test_after_kill_9_of_the_search_nothing_runs_and_it_can_be_resumed(
     finally:
         driver.kill()
         driver.wait()
-    rows = table(search("ok", resume=True))
+    rows = table(search("ok", resume=True, backend="local"))
     assert list(rows.status) == ["ok", "ok", "crashed", "ok", "ok", "ok", "ok"]
     assert rows.reason[2] == "the search was ended while it ran"
 

@@ -168,6 +168,18 @@ def test_a_key_written_twice_is_refused_with_both_lines(problems: Any) -> None:
     assert found == ["line 3: search.lr: written twice, first on line 2"]
 
 
+def test_a_value_that_holds_itself_is_refused(problems: Any) -> None:
+    assert problems("search: &x\n  lr: {low: 0.1, high: 0.2}\n  more: *x\n")[0] == (
+        "line 3: search.more: holds itself, through an alias"
+    )
+    assert problems(SEARCH + "constraints: &x [*x]\n")[0] == "line 3: constraints.0: holds itself, through an alias"
+
+
+def test_gpus_of_a_trial_are_whole_or_a_share_of_one(problems: Any, read: Any) -> None:
+    assert "must be a whole number, or a share of one GPU" in problems(SEARCH + "resources: {gpus_per_trial: 1.5}")[0]
+    assert read(SEARCH + "resources: {gpus_per_trial: 0.5}").resources.gpus_per_trial == 0.5
+
+
 def test_the_same_key_in_two_spellings_is_refused(problems: Any) -> None:
     assert problems("trials: 3\nn_trials: 4\n" + SEARCH) == [
         "line 2: n_trials: the same as trials on line 1; keep one of them"

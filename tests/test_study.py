@@ -308,6 +308,19 @@ def test_more_trials_and_other_limits_are_not_a_change(
     assert read_about(study.directory)["space"]["trials"] == 8
 
 
+def test_relative_paths_keep_their_meaning_when_a_search_is_resumed_elsewhere(
+    create: Callable[..., SearchStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    study = create()
+    monkeypatch.chdir(tmp_path)
+    again = resumed(study)
+    assert again.working_directory == str(tmp_path / "first")
+    (tmp_path / "first").rmdir()
+    assert resumed(again).working_directory == str(tmp_path)
+
+
 def test_a_folder_without_a_study_cannot_be_resumed(tmp_path: Path, space: Callable[..., Space]) -> None:
     with pytest.raises(ConfigError, match=r"it has no journal\.log"):
         SearchStudy.resume(tmp_path, space())

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.config import load as load_config
-from acmds_tune import doctor
+from acmds_tune import doctor, search
 from acmds_tune.cli import main
 from acmds_tune.doctor import Finding
 from acmds_tune.objective import Ended
+from acmds_tune.search import SearchResult
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 from acmds_tune.study import SearchStudy
@@ -38,10 +40,10 @@ def space_file(tmp_path: Path) -> Path:
 def study(tmp_path: Path, space_file: Path) -> Path:
     """A study of two trials, the second infeasible, without the files that a report makes."""
     directory = tmp_path / "results" / "mine"
-    search = SearchStudy.create(directory, load(space_file), TEXT, {})
+    made = SearchStudy.create(directory, load(space_file), TEXT, {})
     for oom_events in (0, 2):
-        search.finish(search.propose().number, Ended("ok", "finished", figures(oom_events=oom_events), 1.0))
-    search.close()
+        made.finish(made.propose().number, Ended("ok", "finished", figures(oom_events=oom_events), 1.0))
+    made.close()
     return directory
 
 
@@ -64,6 +66,9 @@ def test_a_file_with_problems_is_wrong_usage_and_no_traceback(
         (["search", "{file}", "--trials", "0"], "trials: 0: input should be greater than or equal to 1"),
         (["search", "none.yaml"], "cannot be read"),
         (["resume", "nowhere"], "is not the folder of a study"),
+        (["extend", "nowhere", "--trials", "+2"], "is not the folder of a study"),
+        (["extend", "nowhere", "--trials", "+0"], "--trials +0: write +20 for 20 more, or 50 for 50 in all"),
+        (["search", "{file}", "--backend", "local", "--ray-address", "auto"], "does not go with --backend local"),
         (["report", "nowhere"], "is not the folder of a study"),
         (["best", "nowhere"], "has no best.json"),
     ],
@@ -104,6 +109,33 @@ def test_best_prints_the_path_and_the_searched_settings_to_stdout(
     capsys.readouterr()
     assert main(["best", str(study)]) == 0
     assert capsys.readouterr().out == f"{study / 'best.json'}\ntrial: 0\nlr: 0.001\n"
+
+
+def test_a_study_is_extended_by_more_trials_and_never_by_fewer(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run_search(space: Space, directory: Path, *_: Any, **options: Any) -> SearchResult:
+        asked.append((space.trials, options["resume"], options["backend"]))
+        return SearchResult(directory, None, "", 0)
+
+    monkeypatch.setattr(search, "run_search", run_search)
+    main(["extend", str(study), "--trials", "+20", "--backend", "local"])
+    main(["extend", str(study), "--trials", "7"])
+    assert asked == [(22, True, "local"), (7, True, "ray")]
+    assert main(["extend", str(study), "--trials", "2"]) == 2
+    assert "the study has 2 already; write +2?" in capsys.readouterr().err
+    assert main(["resume", str(study), "--trials", "0"]) == 2
+    assert "trials: 0: input should be greater than or equal to 1" in capsys.readouterr().err
+
+
+def test_a_changed_copy_of_the_file_in_the_study_is_refused_with_the_difference(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "study.yaml").write_text(TEXT.replace("high: 0.1", "high: 0.3"), encoding="utf-8")
+    assert main(["resume", str(study)]) == 2
+    assert "search.lr.high: 0.1 in the study, 0.3 now" in capsys.readouterr().err
 
 
 def test_doctor_fails_where_a_check_fails_and_only_then(
@@ -159,7 +191,7 @@ def test_the_doctor_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -
 def test_a_search_trains_and_its_best_settings_are_read_by_the_trainer(
     tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from acmds_tune.search import quiet_ray
+    from acmds_tune.ray_backend import quiet_ray
 
     with quiet_ray(Space()):  # once for both searches
         _search_train_and_resume(tmp_path / "results", space_file, capsys)
@@ -179,5 +211,5 @@ def _search_train_and_resume(results: Path, space_file: Path, capsys: pytest.Cap
     assert (best.lr, best.seed, best.max_steps, best.memory_limit_gb) == (ran.lr, ran.seed, 4, 0.02)
     assert (ran.checkpoint_every, best.checkpoint_every) == (0, 1)
     assert (trial / "steps.csv").read_text(encoding="utf-8").count("\n") == 5
-    assert main(["resume", str(results / "real"), "--trials", "3"]) == 0
+    assert main(["resume", str(results / "real"), "--trials", "3", "--backend", "local"]) == 0
     assert (results / "real" / "trials" / "0002" / "outcome.json").is_file()
