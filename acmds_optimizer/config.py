@@ -168,6 +168,9 @@ class TrainConfig(CurriculumConfig):
     num_workers: Annotated[int, Ge(0)] | None = None
     """Processes that decode images; none: up to 8, one fewer than there are cores."""
 
+    decoded_cache: str | None = None
+    """Folder that keeps a folder's small images decoded for the next run; none: each run decodes them."""
+
     # --- how
     device: str = "cuda"
     """`cuda`, `cuda:N` or `cpu`."""

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from acmds_tune.progress import Display
 from acmds_tune.records import TrialRecord
 from acmds_tune.report import write_all, write_data
 from acmds_tune.space import Space
-from acmds_tune.study import SearchStudy
+from acmds_tune.study import CACHE, SearchStudy
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,8 @@ def run_search(
                 driver = Driver(study, space, objective=objective, sharers=machine.places, display=display)
                 with _interruptible(driver):
                     machine.run(driver)
+            if study.missing == 0:
+                shutil.rmtree(directory / CACHE, ignore_errors=True)
             # while Ray still runs: nothing that goes wrong in its shutdown can cost the report
             return SearchResult(directory, write_all(directory), driver.ending, study.missing)
     except BaseException as error:

@@ -44,6 +44,7 @@ MAY_DIFFER = ("name", "trials", "timeouts", "resources", "budget.minutes")
 SET_BY_THE_SEARCH = {
     "output_dir": "every trial has its own folder",
     "checkpoint_every": "trials keep no checkpoints",
+    "decoded_cache": "the trials of a study share decoded images while it runs",
     "seed": "every trial has its own seed, derived from the top-level seed",
 }
 """Settings that a file cannot set for trials."""

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
+CACHE = "decoded"
+"""Folder in that of the study where trials share decoded images, until all trials are run."""
+
 BAD_END_VIOLATION = 100.0
 """What the sampler is told of a trial that ran out of memory for good, raised, died or hung: far from feasible."""
 
@@ -194,7 +197,7 @@ class SearchStudy:
         settings = {**self.space.settings(values), "seed": seed}
         trial.set_user_attr("seed", seed)
         trial.set_user_attr("config", self._config_to_train_on(settings))
-        trial_settings = {**settings, **self.space.trial_limits()}
+        trial_settings = {**settings, **self.space.trial_limits(), "decoded_cache": str(self.directory / CACHE)}
         return Proposal(trial.number, seed, values, trial_settings)
 
     def _config_to_train_on(self, settings: dict[str, Any]) -> dict[str, Any]:

@@ -648,3 +648,36 @@ def test_workers_feed_cuda_the_same_photos(photos):
     finally:
         on_gpu.close()
     assert torch.allclose(gpu.inputs.cpu(), take_all(photo_source(photos, 0), [9]).inputs, atol=1e-6)
+
+
+def test_a_folder_is_decoded_once_for_all_runs_until_it_changes(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (40 * number, 0, 200)).save(tmp_path / "images" / name / f"{number}.png")
+    decoded = []
+
+    def decode_all(*each):
+        decoded.append(each)
+        return decode.decode_all(*each)
+
+    monkeypatch.setattr(data_module, "decode_all", decode_all)
+
+    def pixels():
+        config = TrainConfig(
+            dataset=str(tmp_path / "images"), image_size=8, num_workers=0, val_fraction=0.0,
+            decoded_cache=str(tmp_path / "cache"),
+        )  # fmt: skip
+        bundle = build_data(config)
+        return make_source(bundle.train, bundle, config, "cpu", train=True).images
+
+    first = pixels()
+    assert torch.equal(first, pixels())
+    assert len(decoded) == 1
+    Image.new("RGB", (8, 8), (0, 250, 0)).save(tmp_path / "images" / "a" / "0.png")
+    assert not torch.equal(first, pixels())
+    assert len(decoded) == 2
+    for path in (tmp_path / "cache").glob("*.npy"):
+        path.write_bytes(b"not an array")
+    assert pixels().shape == first.shape
+    assert len(decoded) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch.utils.data import Dataset
 from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig
 from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
 from acmds_optimizer.engine.decode import decode_all, resolve_workers
+from acmds_optimizer.engine.decoded import decoded_once
 from acmds_optimizer.engine.images import InputSpec
 from acmds_optimizer.engine.resident import ResidentSource
 from acmds_optimizer.engine.workers import WorkerSource
 from acmds_optimizer.zoo.datasets import DataBundle, describe
+from acmds_optimizer.zoo.folders import ImageFiles
 from acmds_optimizer.zoo.items import in_memory, is_fixed, length
 
 logger = logging.getLogger(__name__)
@@ -67,7 +70,11 @@ def make_source(
     if stored is not None and tuple(stored.images.shape[1:]) == spec.shape:
         return ResidentSource(stored.images, stored.targets, spec, device, augment)
     began = time.monotonic()
-    images, targets = decode_all(dataset, spec, workers)
+    if isinstance(dataset, ImageFiles) and settings.decoded_cache:
+        folder = Path(settings.decoded_cache)
+        images, targets = decoded_once(dataset, spec, folder, lambda: decode_all(dataset, spec, workers))
+    else:
+        images, targets = decode_all(dataset, spec, workers)
     took = time.monotonic() - began
     level = logging.INFO if took >= SLOW_DECODE_S else logging.DEBUG
     logger.log(level, "decoded %d images of %s in %.1f s; they stay on %s", count, spec.shape, took, device)
