@@ -48,8 +48,22 @@ STATUSES: dict[str, str] = {
 }
 """The values of the column `status`, and what they mean."""
 
+STAGES: dict[str, str] = {
+    "screen": "proposed by the sampler, with a share of the budget",
+    "search": "proposed by the sampler",
+    "train": "one of the best of the screened trials, with the whole budget",
+    "baseline": "what the search is compared with: a fixed batch, or halving after an error",
+    "anchor": "the default settings again, to see whether the machine drifts",
+    "confirm": "one of the best trials, or a baseline, with another seed",
+}
+"""The values of the column `stage`, and what they mean."""
+
 _HEAD = (
     Column("trial", "int", "", "Number of the trial, from 0, in the order of the starts."),
+    Column("stage", "str", "", f"Why it was run: {', '.join(STAGES)}."),
+    Column(
+        "label", "str", "", "What it repeats or is: `trial 7`, `default`, `fixed batch 128`, `halving`; else empty."
+    ),
     Column("status", "str", "", f"How the trial ended: {', '.join(STATUSES)}."),
     Column("reason", "str", "", "Why it ended like that, in words, on one line; never empty."),
     Column("feasible", "bool", "", "Ended well and kept every constraint; only such a trial can be the best."),
@@ -165,6 +179,7 @@ def with_current_tables(text: str) -> str:
     tables = {
         "trials.csv": markdown_table(described_trial_columns()),
         "status": "\n".join(f"- `{status}`: {meaning}." for status, meaning in STATUSES.items()),
+        "stage": "\n".join(f"- `{stage}`: {meaning}." for stage, meaning in STAGES.items()),
         "events.csv": markdown_table(explained(EVENT_COLUMNS, telemetry.EVENT_COLUMNS)),
         "steps.csv": markdown_table(explained(STEP_COLUMNS, telemetry.STEP_COLUMNS)),
     }

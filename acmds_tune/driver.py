@@ -17,6 +17,7 @@ from acmds_tune.child import Task, request_stop
 from acmds_tune.objective import Ended
 from acmds_tune.report import write_data
 from acmds_tune.space import Space
+from acmds_tune.stages import Wait
 
 if TYPE_CHECKING:
     from acmds_tune.progress import Display
@@ -95,17 +96,18 @@ class Driver:
 
     def next_task(self) -> Task | None:
         """A trial to start now; None where all places are taken or nothing more is to be started."""
-        if self.done or len(self._running) >= self.sharers:
+        if self.done or len(self._running) >= self.sharers or isinstance(self.study.next_step(), Wait):
             return None
         proposal = self.study.propose()
         self._running[proposal.number] = _Running(time.monotonic())
-        self._display.started(proposal.number, proposal.values)
+        what = proposal.label if proposal.stage == "search" else f"{proposal.stage} {proposal.label}".strip()
+        self._display.started(proposal.number, proposal.values, what)
         return Task(
             number=proposal.number,
             seed=proposal.seed,
             settings=proposal.settings,
             directory=str(self.study.trial_directory(proposal.number)),
-            objective=self._objective,
+            objective=proposal.objective or self._objective,
             working_directory=self.study.working_directory,
             import_path=self.study.import_path,
             sharers=self.sharers,

@@ -39,6 +39,7 @@ STYLES = {
 class _Row:
     number: int
     values: Mapping[str, Any]
+    what: str = ""
     status: str = "running"
     reason: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
@@ -79,9 +80,9 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def started(self, number: int, values: Mapping[str, Any]) -> None:
-        """Trial `number` begins with the searched `values`."""
-        self._rows[number] = _Row(number, values)
+    def started(self, number: int, values: Mapping[str, Any], what: str = "") -> None:
+        """Trial `number` begins with the searched `values`; `what` says why, where the sampler did not propose it."""
+        self._rows[number] = _Row(number, values, what)
 
     def progressed(self, number: int, progress: Mapping[str, Any]) -> None:
         """Trial `number` says how far it is."""
@@ -102,7 +103,8 @@ class Display:
         figures = row.figures
         settings = " ".join(f"{name}={_short(value)}" for name, value in row.values.items())
         parts = [
-            f"trial {row.number} ({self._over}/{self._trials})",
+            f"trial {row.number} ({self._over}/{max(self._trials, self._over)})",
+            *([row.what] if row.what else []),
             row.status,
             f"{_short(figures.get('samples_per_second'))} samples/s",
             f"{_short(figures.get('oom_events'))} oom",
@@ -116,7 +118,7 @@ class Display:
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("trial", "status"):
+        for heading in ("trial", "what", "status"):
             table.add_column(heading, no_wrap=True)
         for name in self._shown:
             table.add_column(name.replace("_", " "), justify="right")  # a heading may take several lines
@@ -128,6 +130,7 @@ class Display:
             seconds = row.seconds if row.seconds is not None else time.monotonic() - row.started
             table.add_row(
                 str(row.number),
+                row.what,
                 Text(status, style=STYLES.get(row.status, "")),
                 *(_short(row.values.get(name)) for name in self._shown),
                 _short(figures.get("samples_per_second")),
@@ -136,7 +139,7 @@ class Display:
                 f"{seconds:.0f}",
             )
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
-        summary = f"{self._name}: {self._over} of {self._trials} trials, {minutes}:{seconds:02d}"
+        summary = f"{self._name}: {self._over} of {max(self._trials, self._over)} trials, {minutes}:{seconds:02d}"
         parts = [table] if self._rows else []
         return Group(*parts, Text(summary, style="bold"))
 

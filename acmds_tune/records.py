@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 DONE = ("ok", "infeasible")
@@ -13,6 +14,10 @@ DONE = ("ok", "infeasible")
 
 MEMORY_FIGURES = ("oom_", "alloc_retries", "peak_reserved_gb", "headroom_")
 """Beginnings of the figures that smaller batches or more headroom make better."""
+
+
+CANDIDATES = ("search", "train")
+"""Stages whose trials can be the best: proposed by the sampler and run with the whole budget."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class TrialRecord:
         config: every setting as the trial used it; only the searched ones where it ended before that was known.
         figures: the measured columns of trials.csv by name; None where never measured.
         values: what Optuna was told, one an objective; None for a trial that runs.
+        stage: one of acmds_tune.columns.STAGES.
+        label: what a trial of the later stages repeats or is compared with, such as `trial 7` or `default`.
+        interrupted: its end says nothing about its settings, and it was or will be started anew.
     """
 
     number: int
@@ -50,6 +58,9 @@ class TrialRecord:
     values: tuple[float, ...] | None = None
     seconds: float | None = None
     seed: int | None = None
+    stage: str = "search"
+    label: str = ""
+    interrupted: bool = False
 
     @property
     def feasible(self) -> bool:
@@ -70,9 +81,62 @@ class StudyRecord:
     yaml: str = ""
 
     @property
+    def candidates(self) -> list[TrialRecord]:
+        """The trials of the search itself; the screened ones as long as none was trained with the whole budget."""
+        found = self.of_stages(CANDIDATES)
+        return found or self.of_stages(("screen",))
+
+    @property
     def feasible(self) -> list[TrialRecord]:
         """The trials that can be the best."""
-        return [trial for trial in self.trials if trial.feasible]
+        return [trial for trial in self.candidates if trial.feasible]
+
+    def of_stages(self, stages: Sequence[str]) -> list[TrialRecord]:
+        """The trials of these stages."""
+        return [trial for trial in self.trials if trial.stage in stages]
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """One configuration run on several seeds; means and standard deviations of the objectives.
+
+    Attributes:
+        label: `trial 7`, `default`, `fixed batch 128`.
+        trials: its runs.
+        means: one an objective; None where a run has no value.
+        deviations: sample standard deviations, 0 for one run.
+    """
+
+    label: str
+    trials: tuple[TrialRecord, ...]
+    means: tuple[float, ...] | None
+    deviations: tuple[float, ...] | None
+
+    @property
+    def feasible(self) -> bool:
+        """Every run ended well and kept every constraint."""
+        return self.means is not None and all(trial.feasible for trial in self.trials)
+
+
+def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
+    """What was run on several seeds, by label: those with as many ended runs as any other has."""
+    runs: dict[str, list[TrialRecord]] = {}
+    for trial in study.trials:
+        if trial.stage == "confirm" and trial.status != "running" and not trial.interrupted:
+            runs.setdefault(trial.label, []).append(trial)
+    most = max(map(len, runs.values()), default=0)
+    result = {}
+    for label, trials in runs.items():
+        if len(trials) < most:
+            continue
+        values = [trial.values for trial in trials if trial.values is not None]
+        means = deviations = None
+        if len(values) == len(trials):
+            columns = list(zip(*values, strict=True))
+            means = tuple(statistics.fmean(column) for column in columns)
+            deviations = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
+        result[label] = Confirmation(label, tuple(trials), means, deviations)
+    return result
 
 
 def costs(study: StudyRecord, trial: TrialRecord) -> tuple[float, ...]:
@@ -90,14 +154,44 @@ def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
     return [i for i, point in enumerate(points) if not any(beats(other, point) for other in points)]
 
 
-def choose_best(study: StudyRecord) -> TrialRecord | None:
+def choose_best(study: StudyRecord, stages: Sequence[str] | None = None) -> TrialRecord | None:
     """The best feasible trial, or None where no trial is feasible.
 
     With one objective: the best in it. With several: each objective is scaled from 0 (best on the Pareto front of the
     feasible trials) to 1 (worst on it), and the trial of the front that is nearest to 0 wins (the "closest to ideal"
     rule of compromise programming, Zeleny 1973). Of equals the better in the first objective wins, then the earlier.
+
+    Trials that were run again on several seeds are compared by their means, and go before those that were not; one
+    that was not feasible with every seed is out.
+
+    Args:
+        study: its trials.
+        stages: choose among the trials of these stages, whether confirmed or not; None: as described.
     """
-    trials = study.feasible
+    if stages is not None:
+        return _nearest_to_ideal(study, [trial for trial in study.of_stages(stages) if trial.feasible])
+    again = confirmations(study)
+    confirmed = {trial.number: again[label] for trial in study.feasible if (label := f"trial {trial.number}") in again}
+    sure = [
+        replace(trial, values=found.means)
+        for trial in study.feasible
+        if (found := confirmed.get(trial.number)) is not None and found.feasible
+    ]
+    chosen = _nearest_to_ideal(study, sure or [trial for trial in study.feasible if trial.number not in confirmed])
+    return next((trial for trial in study.trials if chosen is not None and trial.number == chosen.number), None)
+
+
+def ranked(study: StudyRecord, stages: Sequence[str] | None = None) -> list[TrialRecord]:
+    """The feasible candidates (or the feasible trials of `stages`), each the best of those that come after it."""
+    left = study.feasible if stages is None else [trial for trial in study.of_stages(stages) if trial.feasible]
+    result = []
+    while (best := _nearest_to_ideal(study, left)) is not None:
+        result.append(best)
+        left = [trial for trial in left if trial is not best]
+    return result
+
+
+def _nearest_to_ideal(study: StudyRecord, trials: Sequence[TrialRecord]) -> TrialRecord | None:
     if not trials:
         return None
     points = [costs(study, trial) for trial in trials]
@@ -126,13 +220,16 @@ def why_no_best(study: StudyRecord) -> str:
     """Why `choose_best` found none, and what to change. For a study without a feasible trial."""
     if not study.trials:
         return "No trial was started."
-    counts = Counter(trial.status for trial in study.trials)
+    trials = study.candidates
+    counts = Counter(trial.status for trial in trials)
     ended = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    lines = [f"None of {len(study.trials)} trials is feasible: {ended}."]
+    if study.feasible:
+        return "No trial was feasible again with every seed of its confirmation; see the rows of stage confirm."
+    lines = [f"None of {len(trials)} trials is feasible: {ended}."]
     for position, constraint in enumerate(study.constraints):
         broken = sum(
             len(trial.violations) > position and trial.violations[position] > 0
-            for trial in study.trials
+            for trial in trials
             if trial.status in DONE
         )
         if broken:
@@ -140,7 +237,7 @@ def why_no_best(study: StudyRecord) -> str:
     broke_memory = any(
         constraint.split()[0].startswith(MEMORY_FIGURES) and trial.violations[position] > 0
         for position, constraint in enumerate(study.constraints)
-        for trial in study.trials
+        for trial in trials
         if trial.status == "infeasible" and len(trial.violations) > position
     )
     if counts["oom"] or broke_memory:

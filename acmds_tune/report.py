@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.columns import CONFIG_PREFIX, EVENT_COLUMNS, FIGURES, STATUSES, Column, trial_columns
 from acmds_tune.journal import JOURNAL, readable
-from acmds_tune.records import DONE, Objective, StudyRecord, TrialRecord, choose_best, why_no_best
+from acmds_tune.records import (
+    DONE,
+    Confirmation,
+    Objective,
+    StudyRecord,
+    TrialRecord,
+    choose_best,
+    confirmations,
+    why_no_best,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -45,7 +54,7 @@ def load_study(study_dir: str | Path) -> StudyRecord:
     Raises:
         ConfigError: there is no journal in `study_dir`, or it holds no study.
     """
-    return _record(_open(study_dir), Path(study_dir))
+    return record(_open(study_dir), Path(study_dir))
 
 
 def load_trials(study_dir: str | Path) -> list[TrialRecord]:
@@ -63,8 +72,8 @@ def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     whole = _open(study_dir)
-    study = _record(whole, Path(study_dir))
-    done = {trial.number for trial in study.trials if trial.status in DONE and trial.values is not None}
+    study = record(whole, Path(study_dir))
+    done = {trial.number for trial in sampled(study) if trial.status in DONE and trial.values is not None}
     if len(done) < FEWEST_TRIALS_FOR_IMPORTANCES:
         return {}
     trials = [trial for trial in whole.get_trials(deepcopy=False) if trial.number in done]
@@ -108,15 +117,25 @@ def _open(study_dir: str | Path) -> optuna.Study:
         return optuna.load_study(study_name=names[0], storage=storage)
 
 
-def _record(study: optuna.Study, study_dir: Path) -> StudyRecord:
-    import optuna
+def sampled(study: StudyRecord) -> list[TrialRecord]:
+    """The trials that the sampler proposed."""
+    return study.of_stages(("screen", "search"))
 
+
+def is_row(trial: optuna.trial.FrozenTrial) -> bool:
+    """It was started here: not enqueued, known from another study, or replaced by one that fulfils `requires`."""
+    attrs = trial.user_attrs
+    return trial.state.name != "WAITING" and "earlier" not in attrs and "replaced" not in attrs
+
+
+def record(study: optuna.Study, study_dir: Path) -> StudyRecord:
+    """The study as plain values, every trial that was started included."""
     about = study.user_attrs.get("acmds", {})
     directions = [direction.name.lower() for direction in study.directions]
     declared = about.get("objectives") or [
         {"name": f"objective_{position}", "direction": direction} for position, direction in enumerate(directions)
     ]
-    started = [t for t in study.get_trials(deepcopy=False) if t.state != optuna.trial.TrialState.WAITING]
+    started = [t for t in study.get_trials(deepcopy=False) if is_row(t)]
     searched = about.get("parameters") or list(dict.fromkeys(name for trial in started for name in trial.params))
     return StudyRecord(
         name=about.get("name") or study_dir.resolve().name,
@@ -153,7 +172,8 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
     if seconds is None and trial.duration is not None:
         seconds = trial.duration.total_seconds()
     figures["seconds"] = seconds
-    values = tuple(trial.values) if trial.state.is_finished() and trial.values is not None else None
+    told = attrs.get("values") or trial.values
+    values = tuple(float(value) for value in told) if trial.state.is_finished() and told is not None else None
     return TrialRecord(
         trial.number,
         status,
@@ -164,6 +184,9 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
         values,
         seconds,
         seed if seed is not None else config.get("seed"),
+        attrs.get("stage", "search"),
+        attrs.get("label", ""),
+        bool(attrs.get("interrupted")),
     )
 
 
@@ -215,16 +238,20 @@ def write_best(study_dir: str | Path, study: StudyRecord | None = None) -> Trial
         logger.warning("no best.json: %s", why_no_best(study))
         return None
     assert best.values is not None
-    objectives = {
-        objective.name: {"direction": objective.direction, "value": value}
-        for objective, value in zip(study.objectives, best.values, strict=True)
-    }
+    again = confirmations(study)
+    confirmed = again.get(f"trial {best.number}")
+    compared = {label: each for label, each in again.items() if not label.startswith("trial ")}
     content = {
         "acmds_study": {
             "study": study.name,
             "trial": best.number,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "objectives": objectives,
+            "objectives": {
+                objective.name: {"direction": objective.direction, "value": value}
+                for objective, value in zip(study.objectives, best.values, strict=True)
+            },
+            "confirmed": _confirmed(study, confirmed) if confirmed else None,
+            "compared_with": {label: _confirmed(study, each) for label, each in compared.items()},
             "figures": {column.name: _figure(column, best.figures.get(column.name)) for column in FIGURES},
             "versions": read_environment(study_dir).get("versions", {}),
         },
@@ -232,6 +259,16 @@ def write_best(study_dir: str | Path, study: StudyRecord | None = None) -> Trial
     }
     write_atomically(study_dir / "best.json", json.dumps(content, indent=2) + "\n")
     return best
+
+
+def _confirmed(study: StudyRecord, found: Confirmation) -> dict[str, Any]:
+    values = zip(study.objectives, found.means or (), found.deviations or (), strict=False)
+    return {
+        "trials": [trial.number for trial in found.trials],
+        "seeds": [trial.seed for trial in found.trials],
+        "feasible": found.feasible,
+        **{objective.name: {"mean": mean, "standard_deviation": deviation} for objective, mean, deviation in values},
+    }
 
 
 def write_html(study_dir: str | Path, study: StudyRecord | None = None) -> Path:
@@ -302,6 +339,8 @@ def _event_cell(column: Column, row: Mapping[str, str]) -> Any:
 def _row(trial: TrialRecord, study: StudyRecord) -> dict[str, Any]:
     return {
         "trial": trial.number,
+        "stage": trial.stage,
+        "label": trial.label,
         "status": trial.status,
         "reason": trial.reason,
         "feasible": trial.feasible,

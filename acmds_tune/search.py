@@ -23,6 +23,7 @@ from acmds_tune.progress import Display
 from acmds_tune.records import TrialRecord
 from acmds_tune.report import write_all, write_data
 from acmds_tune.space import Space
+from acmds_tune.stages import planned
 from acmds_tune.study import CACHE, SearchStudy
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def run_search(
             if study is None:
                 study = SearchStudy.create(directory, space, yaml_text, fixed or {})
             _write_environment(directory, machine.resources)
-            with Display(space.name, space.trials, list(space.search), told=study.told) as display:
+            with Display(space.name, planned(space), list(space.search), told=study.told) as display:
                 driver = Driver(study, space, objective=objective, sharers=machine.places, display=display)
                 with _interruptible(driver):
                     machine.run(driver)

@@ -38,7 +38,9 @@ PRESETS: dict[str, list[dict[str, str]]] = {
 PRUNABLE = ("samples_per_second", "val_loss", "val_accuracy", "train_loss")
 """Objectives that a running trial reports, so that a pruner can judge them."""
 
-MAY_DIFFER = ("name", "trials", "timeouts", "resources", "budget.minutes")
+MAY_DIFFER = (
+    "name", "trials", "timeouts", "resources", "budget.minutes", "confirm", "baselines", "anchor_every", "warm_start"
+)  # fmt: skip
 """Keys of a search-space file that may change when a search is resumed: they do not change what a trial is."""
 
 SET_BY_THE_SEARCH = {
@@ -125,6 +127,26 @@ class Budget(_Model):
     """Minutes for the whole search. No trial is started that would probably end later."""
 
 
+class Screen(_Model):
+    """A first stage of short trials, of which the best are trained with the whole budget."""
+
+    trials: Annotated[int, Ge(0)] = 0
+    """Short trials; of these the best `trials` are trained in full. 0: no such stage, every trial is in full."""
+
+    share: Annotated[float, Gt(0), Lt(1)] = 0.25
+    """Of a trial's budget. Schedules and curriculum are compressed into it, not cut off."""
+
+
+class Confirm(_Model):
+    """A last stage that runs the best trials again before one of them is named the best."""
+
+    top: Annotated[int, Ge(0)] = 0
+    """Best trials that are run again; 0: none."""
+
+    seeds: Annotated[int, Ge(1)] = 3
+    """Seeds for each of them, and for the baselines `default` and `fixed batch`."""
+
+
 class Timeouts(_Model):
     """When a trial is taken for hung and killed."""
 
@@ -176,11 +198,29 @@ class Space(_Model):
     budget: Budget = Budget()
     """How long a trial and the whole search may take."""
 
-    sampler: Literal["tpe", "gp", "random"] = "tpe"
-    """Who proposes: tree-structured Parzen estimator (univariate), Gaussian process, or chance."""
+    sampler: Literal["tpe", "gp", "cmaes", "qmc", "random"] = "tpe"
+    """Who proposes: tree-structured Parzen estimator (univariate), Gaussian process, CMA-ES, Sobol points, chance."""
 
     pruner: Literal["none", "median", "halving"] = "none"
     """Who ends trials early: nobody, the median rule, or asynchronous successive halving."""
+
+    requires: list[str] = []
+    """What settings must fulfil to be tried: `max_batch_size >= 4 * min_batch_size`."""
+
+    screen: Screen = Screen()
+    """A first stage of short trials."""
+
+    confirm: Confirm = Confirm()
+    """A last stage that runs the best trials again."""
+
+    baselines: list[Literal["default", "fixed batch", "halving"]] = []
+    """What the search is compared with, as rows of the study: the defaults, the best fixed batch, halving on error."""
+
+    anchor_every: Annotated[int, Ge(0)] = 0
+    """Trials after which the default settings are run again, to see drift; 0: never."""
+
+    warm_start: list[str] = []
+    """Folders of earlier studies whose best settings are tried first."""
 
     timeouts: Timeouts = Timeouts()
     """When a trial is taken for hung and killed."""
@@ -212,9 +252,16 @@ class Space(_Model):
         """The settings to train with, given the searched `values`: fixed and searched ones, no trial's budget."""
         return {**self.fixed, **values}
 
-    def trial_limits(self) -> dict[str, Any]:
-        """The settings that make a training run a trial: its budget, and no checkpoints."""
-        budget = {"max_steps": self.budget.steps, "epochs": self.budget.epochs, "max_seconds": self.budget.seconds}
+    def trial_limits(self, share: float = 1.0) -> dict[str, Any]:
+        """The settings that make a training run a trial: its budget, or a share of it, and no checkpoints."""
+        steps, epochs, seconds = self.budget.steps, self.budget.epochs, self.budget.seconds
+        if share < 1.0:
+            epochs = epochs or int(self.fixed.get("epochs", TrainConfig().epochs))
+        budget = {
+            "max_steps": None if steps is None else max(1, round(steps * share)),
+            "epochs": None if epochs is None else max(1, round(epochs * share)),
+            "max_seconds": None if seconds is None else seconds * share,
+        }
         return {**{key: value for key, value in budget.items() if value is not None}, "checkpoint_every": 0}
 
 

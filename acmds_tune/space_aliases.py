@@ -53,13 +53,21 @@ REFUSED_TOP_LEVEL = {
 }
 """Top-level keys of other tools that mean something else here, with what to write instead."""
 
-SAMPLER_ALIASES = {"bayes": "tpe", "bayesian": "tpe", "optuna": "tpe", "gaussian_process": "gp"}
+SAMPLER_ALIASES = {
+    "bayes": "tpe",
+    "bayesian": "tpe",
+    "optuna": "tpe",
+    "gaussian_process": "gp",
+    "cma_es": "cmaes",
+    "cma-es": "cmaes",
+    "sobol": "qmc",
+    "quasirandom": "qmc",
+}
 PRUNER_ALIASES = {"asha": "halving", "successive_halving": "halving", "medianstop": "median"}
 REFUSED_VALUES = {
     ("sampler", "grid"): "a grid is not offered; random covers more values of each setting in as many trials",
     ("sampler", "nsga2"): "not offered: it needs hundreds of trials; tpe handles several objectives",
     ("sampler", "nsgaii"): "not offered: it needs hundreds of trials; tpe handles several objectives",
-    ("sampler", "cmaes"): "not offered yet; tpe and gp are",
     ("pruner", "hyperband"): "not offered; halving is one bracket of it",
 }
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from acmds_tune.space import Budget, Parameter, Resources, Space, Timeouts
+from acmds_tune.space import Budget, Confirm, Parameter, Resources, Screen, Space, Timeouts
 from acmds_tune.space_aliases import (
     MOVED_KEYS,
     PARAMETER_ALIASES,
@@ -32,6 +32,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "top": Space,
     "search": Parameter,
     "budget": Budget,
+    "screen": Screen,
+    "confirm": Confirm,
     "timeouts": Timeouts,
     "resources": Resources,
 }

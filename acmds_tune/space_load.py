@@ -7,6 +7,7 @@ trainer's own setting, before anything is started.
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from acmds_optimizer.config import TrainConfig, build, field_names, nearest
+from acmds_optimizer.config import TrainConfig, build, field_names, nearest, to_dict
 from acmds_optimizer.errors import ConfigError
+from acmds_tune.requires import DRAWS, all_hold, draw, parse_requirement
 from acmds_tune.space import (
     FIGURE_NAMES,
     MAXIMIZED,
@@ -99,6 +101,8 @@ def _validate(values: dict[str, Any], source: Source) -> Space:
     _check_fixed(space, source)
     _check_constraints(space, source)
     _check_conditions(space, source)
+    _check_requirements(space, source)
+    _check_stages(space, source)
     if space.pruner != "none" and (len(space.objective) > 1 or space.objective[0].name not in PRUNABLE):
         source.complain(("pruner",), f"needs one objective that a running trial reports: {', '.join(PRUNABLE)}")
     if not source.problems:
@@ -338,6 +342,44 @@ def _check_conditions(space: Space, source: Source) -> None:
                     source.complain(path, f"{value!r} is not one of the values of {other}: {choices}")
     if not source.problems and ordered(space.search) is None:
         source.complain(("search",), "the conditions under `when` go in a circle")
+
+
+def _check_requirements(space: Space, source: Source) -> None:
+    requirements = []
+    for index, text in enumerate(space.requires):
+        path = ("requires", index)
+        try:
+            requirement = parse_requirement(text)
+        except ValueError as error:
+            source.complain(path, str(error))
+            continue
+        choices = {str(value) for parameter in space.search.values() for value in parameter.values or ()}
+        choices |= {str(value) for value in space.fixed.values()} | {"true", "false", "none"}
+        for name in sorted(requirement.names - set(field_names()) - choices):
+            source.complain(path, f"'{text}': no setting is called {name}{nearest(name, field_names())}")
+        if not requirement.names & set(space.search):
+            source.complain(path, f"'{text}': names no searched setting")
+        requirements.append(requirement)
+    if requirements and not source.problems:
+        rng = random.Random(0)
+        defaults = to_dict(TrainConfig())
+        if not any(
+            all_hold(requirements, {**defaults, **space.settings(draw(space.search, rng))}) for _ in range(DRAWS)
+        ):
+            source.complain(("requires",), f"none of {DRAWS} random configurations fulfils it")
+
+
+def _check_stages(space: Space, source: Source) -> None:
+    if space.screen.trials and space.screen.trials < space.trials:
+        source.complain(
+            ("screen", "trials"),
+            f"{space.screen.trials} short trials are fewer than `trials`, {space.trials}, which are chosen from them",
+        )
+    if len(set(space.baselines)) < len(space.baselines):
+        source.complain(("baselines",), "the same one twice")
+    for index, folder in enumerate(space.warm_start):
+        if not Path(folder).is_dir():
+            source.complain(("warm_start", index), f"{folder!r}: no such folder")
 
 
 def _check_corners(space: Space, source: Source) -> None:

@@ -5,9 +5,11 @@ Here a proposal becomes settings to train with, and an end becomes what the samp
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
+import random
 import sys
 import warnings
 from collections.abc import Mapping
@@ -23,9 +25,14 @@ from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
+from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
 from acmds_tune.objective import Ended, read_outcome
+from acmds_tune.records import DONE, StudyRecord, ranked
+from acmds_tune.report import is_row, load_study, record
+from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
 from acmds_tune.space import Parameter, Space, derived_seed, ordered, space_differences
+from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, left, next_step, searched
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,12 @@ CACHE = "decoded"
 
 BAD_END_VIOLATION = 100.0
 """What the sampler is told of a trial that ran out of memory for good, raised, died or hung: far from feasible."""
+
+WARM_STARTS = 5
+"""Best configurations of an earlier study that are tried first."""
+
+WITHOUT_CONSTRAINTS = ("cmaes",)
+"""Samplers that do not ask whether a trial kept the constraints: one that did not is told with the worst values."""
 
 PRUNER_REPORT_PERCENT = 5
 """A running trial is judged each time it has come this much further."""
@@ -49,6 +62,10 @@ class Proposal:
     seed: int
     values: dict[str, Any]
     settings: dict[str, Any]
+    stage: str = "search"
+    label: str = ""
+    objective: str | None = None
+    """What runs it; None: as all others."""
 
 
 class SearchStudy:
@@ -67,6 +84,9 @@ class SearchStudy:
         self._study = study
         self._lock = lock
         self._running: dict[int, optuna.trial.Trial] = {}
+        self._step: tuple[Step, int] | None = None
+        self._requirements: list[Requirement] = [parse_requirement(text) for text in space.requires]
+        self._default = self._allowed(default_values(space), derived_seed(space.seed, -(2**32)))
         self._percent: dict[int, int] = {}
         self._constraints = space.parsed_constraints
         self._order = ordered(space.search) or []
@@ -91,12 +111,13 @@ class SearchStudy:
         """
         make_new(directory)
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
+        sampler = _sampler(space, derived_seed(space.seed, 0))
         lock = hold(directory)
         study = optuna.create_study(
             study_name=space.name,
             storage=_storage(directory),
             directions=[objective.direction for objective in space.objective],
-            sampler=_sampler(space, derived_seed(space.seed, 0)),
+            sampler=sampler,
             pruner=_pruner(space),
         )
         about = {
@@ -108,12 +129,55 @@ class SearchStudy:
             "yaml": yaml_text,
             "space": space.model_dump(mode="json"),
             "set": dict(fixed),
+            "fingerprint": fingerprint(space),
             "working_directory": str(Path.cwd()),
             "import_path": [entry or str(Path.cwd()) for entry in sys.path],
         }
         study.set_user_attr("acmds", about)
-        study.enqueue_trial(default_values(space))
-        return cls(directory, space, study, lock)
+        self = cls(directory, space, study, lock)
+        study.enqueue_trial(self._default, user_attrs={"label": DEFAULT})
+        for folder in space.warm_start:
+            self.learn_from(Path(folder))
+        return self
+
+    def learn_from(self, other: Path) -> int:
+        """Try the best settings of another study first; where it measured the same thing, its trials are known here.
+
+        Returns:
+            How many trials of it are known here now.
+
+        Raises:
+            ConfigError: there is no study in `other`.
+        """
+        theirs, about = load_study(other), read_about(other)
+        for row in ranked(theirs)[:WARM_STARTS]:
+            values = {name: row.config[name] for name in self._order if name in row.config}
+            values = {name: value for name, value in values.items() if _contains(self.space.search[name], value)}
+            if values:
+                self._study.enqueue_trial(values, user_attrs={"label": f"from {theirs.name}"})
+        differences = space_differences(about.get("fingerprint", {}), fingerprint(self.space))
+        if differences:
+            logger.warning(
+                "%s was not measured under the same conditions, so only its best settings are taken: %s",
+                other, "; ".join(differences),
+            )  # fmt: skip
+            return 0
+        count = 0
+        for row in theirs.of_stages(SAMPLED[-1:]):
+            params = searched(self.space, row)
+            fits = all(_contains(self.space.search[name], value) for name, value in params.items())
+            if row.status not in DONE or row.values is None or not fits:
+                continue
+            known = optuna.trial.create_trial(
+                params=params,
+                distributions={name: _distribution(self.space.search[name]) for name in params},
+                values=list(row.values),
+                user_attrs={"earlier": str(other)},
+                system_attrs={f"constraints:{index}": value for index, value in enumerate(row.violations)},
+            )
+            self._study.add_trial(known)
+            count += 1
+        return count
 
     @classmethod
     def resume(cls, directory: Path, space: Space) -> SearchStudy:
@@ -164,6 +228,32 @@ class SearchStudy:
                 reason = "the search was ended while it ran"
                 self.finish(trial.number, Ended("crashed", reason), interrupted=True)
 
+    # --- what comes next
+
+    def record(self) -> StudyRecord:
+        """The study as it stands."""
+        return record(self._study, self.directory)
+
+    def next_step(self) -> Step:
+        """What `propose` would start."""
+        changes = len(self._study.get_trials(deepcopy=False)) * 1000 + len(self._running)
+        if self._step is None or self._step[1] != changes:
+            self._step = next_step(self.space, self.record(), self._default), changes
+        return self._step[0]
+
+    def _allowed(self, values: dict[str, Any], seed: int) -> dict[str, Any]:
+        """`values`, or the nearest configuration that fulfils `requires`."""
+        if not self._requirements:
+            return values
+        defaults = to_dict(TrainConfig())
+
+        def holds(settings: Mapping[str, Any]) -> bool:
+            return all_hold(self._requirements, {**defaults, **self.space.settings(settings)})
+
+        if holds(values):
+            return values
+        return nearest_allowed(values, self.space.search, holds, random.Random(seed)) or values
+
     def close(self) -> None:
         """Let go of the study, so that another process may hold it."""
         os.close(self._lock)
@@ -177,28 +267,61 @@ class SearchStudy:
     @property
     def told(self) -> int:
         """Trials that ended in a way that counts; an interrupted one does not, it is replaced."""
-        return len(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        return sum(row.status != "running" and not row.interrupted for row in self.record().trials)
 
     @property
     def missing(self) -> int:
-        """Trials still to be started."""
-        return max(0, self.space.trials - self.told - len(self._running))
+        """Trials still to be started; of the stages after the search only whether there are any."""
+        if self.next_step() is None:
+            return 0
+        return max(1, left(self.space, self.record()))
 
     def propose(self) -> Proposal:
-        """The next trial. It must be given to `finish` some time."""
-        trial = self._study.ask()
-        self._running[trial.number] = trial
+        """What `next_step` says, or one more from the sampler. It must be given to `finish` some time."""
+        step = self.next_step()
+        self._step = None
+        if isinstance(step, Extra):
+            return self._repeat(step)
+        stage = step.stage if isinstance(step, Sample) else SAMPLED[-1]
+        while True:
+            trial = self._study.ask()
+            values = self._suggested(trial)
+            allowed = self._allowed(values, derived_seed(self.space.seed, -2 - trial.number))
+            if allowed == values:
+                break
+            # in its place the nearest one that may be tried, of which the sampler then learns
+            self._study.enqueue_trial(allowed, user_attrs={"label": trial.user_attrs.get("label", "")})
+            trial.set_user_attr("replaced", True)
+            self._study.tell(trial, state=TrialState.FAIL)
+        return self._begin(trial, values, {}, Extra(stage, trial.user_attrs.get("label", ""), values))
+
+    def _suggested(self, trial: optuna.trial.Trial) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name in self._order:
             parameter = self.space.search[name]
             if all(values.get(other) in allowed for other, allowed in (parameter.when or {}).items()):
                 values[name] = _suggest(trial, name, parameter)
-        seed = self.space.trial_seed(trial.number)
-        settings = {**self.space.settings(values), "seed": seed}
-        trial.set_user_attr("seed", seed)
+        return values
+
+    def _repeat(self, extra: Extra) -> Proposal:
+        # told as failed in the end, so that the sampler does not learn from it; what is enqueued stays for the search
+        self._study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+        trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[-1]._trial_id)
+        return self._begin(trial, dict(extra.values), extra.more, extra)
+
+    def _begin(
+        self, trial: optuna.trial.Trial, values: dict[str, Any], more: Mapping[str, Any], what: Extra
+    ) -> Proposal:
+        self._running[trial.number] = trial
+        seed = self.space.trial_seed(trial.number) if what.seed is None else what.seed
+        settings = {**self.space.settings(values), **more, "seed": seed}
+        for name, value in {"stage": what.stage, "label": what.label, "seed": seed}.items():
+            trial.set_user_attr(name, value)
         trial.set_user_attr("config", self._config_to_train_on(settings))
-        trial_settings = {**settings, **self.space.trial_limits(), "decoded_cache": str(self.directory / CACHE)}
-        return Proposal(trial.number, seed, values, trial_settings)
+        limits = self.space.trial_limits(self.space.screen.share if what.stage == "screen" else 1.0)
+        trial_settings = {**settings, **limits, "decoded_cache": str(self.directory / CACHE)}
+        values |= {name: value for name, value in more.items() if name in self.space.search}
+        return Proposal(trial.number, seed, values, trial_settings, what.stage, what.label, what.objective)
 
     def _config_to_train_on(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Every setting as the trial has it, but without the trial's budget and folder: what best.json holds."""
@@ -209,7 +332,7 @@ class SearchStudy:
 
     def should_prune(self, number: int, progress: Mapping[str, Any]) -> bool:
         """Take in a progress report of a running trial; true where the pruner would end it now."""
-        if self.space.pruner == "none":
+        if self.space.pruner == "none" or self._stage(number) not in SAMPLED:
             return False
         # on a grid, because the pruners compare trials that have a value at exactly the same step
         percent = _percent(progress, self.space.budget.seconds) // PRUNER_REPORT_PERCENT * PRUNER_REPORT_PERCENT
@@ -252,15 +375,29 @@ class SearchStudy:
             trial.set_user_attr(name, value)
         trial.set_user_attr("reason", reason)
         trial.set_user_attr("status", status)
+        self._step = None
+        sampled = trial.user_attrs.get("stage", "search") in SAMPLED
         if interrupted:
-            self._try_again(trial)
+            trial.set_user_attr("interrupted", True)
+            if sampled:
+                self._try_again(trial)
             self._study.tell(trial, state=TrialState.FAIL)
             return status
         trial.set_user_attr("constraints", violations)
-        for index, value in enumerate(violations):
-            trial.set_constraint(str(index), value)
+        trial.set_user_attr("values", self._values(figures))
+        if not sampled:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return status
+        if self.space.sampler in WITHOUT_CONSTRAINTS:
+            figures = figures if all(value <= 0 for value in violations) else {}
+        else:
+            for index, value in enumerate(violations):
+                trial.set_constraint(str(index), value)
         self._study.tell(trial, self._values(figures))
         return status
+
+    def _stage(self, number: int) -> str:
+        return str(self._running[number].user_attrs.get("stage", "search"))
 
     def _end_violation(self, number: int, status: str) -> float:
         if status in ("ok", "infeasible"):
@@ -273,7 +410,8 @@ class SearchStudy:
         if "retry_of" not in trial.user_attrs:  # once: perhaps it was these settings that ended the search
             frozen = self._study.get_trials(deepcopy=False)[trial.number]
             enqueued = frozen.system_attrs.get("fixed_params", {})
-            self._study.enqueue_trial({**enqueued, **frozen.params}, user_attrs={"retry_of": trial.number})
+            again = {"retry_of": trial.number, "label": trial.user_attrs.get("label", "")}
+            self._study.enqueue_trial({**enqueued, **frozen.params}, user_attrs=again)
 
     def _values(self, figures: Mapping[str, Any]) -> list[float]:
         """The objectives' values; the worst seen so far for one that was not measured."""
@@ -281,7 +419,7 @@ class SearchStudy:
         for objective in self.space.objective:
             value = figures.get(objective.name)
             if value is None:
-                trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+                trials = [trial for trial in self._study.get_trials(deepcopy=False) if is_row(trial)]
                 seen = [trial.user_attrs[objective.name] for trial in trials if objective.name in trial.user_attrs]
                 maximize = objective.direction == "maximize"
                 value = min([*seen, 0.0]) if maximize else max(seen, default=1000.0)
@@ -335,15 +473,56 @@ def _percent(progress: Mapping[str, Any], seconds: float | None) -> int:
     return min(100, int(100 * done))
 
 
-def _suggest(trial: optuna.trial.Trial, name: str, parameter: Parameter) -> Any:
+def fingerprint(space: Space) -> dict[str, Any]:
+    """What must be the same for the figures of two studies to be comparable."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "none"
+
+    gpus = nvml.visible_devices() if space.device != "cpu" else []
+    about = space.model_dump(mode="json", include={"fixed", "objective", "constraints", "budget", "screen"})
+    about["fixed"].pop("data_dir", None)
+    about["budget"].pop("minutes", None)
+    return {
+        **about,
+        "objective": str(about["objective"]),
+        "constraints": str(about["constraints"]),
+        "card": nvml.name(gpus[0]) if gpus else f"{os.cpu_count()} CPU cores",
+        "torch": installed("torch"),
+        "acmds": installed("acmds"),
+    }
+
+
+def _contains(parameter: Parameter, value: Any) -> bool:
+    return value is not None and bool(_distribution(parameter)._contains(_internal(parameter, value)))
+
+
+def _internal(parameter: Parameter, value: Any) -> float:
+    try:
+        return float(_distribution(parameter).to_internal_repr(value))
+    except ValueError:
+        return -1.0
+
+
+def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
     if parameter.values is not None:
-        return trial.suggest_categorical(name, parameter.values)
+        return optuna.distributions.CategoricalDistribution(parameter.values)
     assert parameter.low is not None
     assert parameter.high is not None
     if parameter.type == "int":
         step = int(parameter.step or 1)
-        return trial.suggest_int(name, int(parameter.low), int(parameter.high), step=step, log=parameter.log)
-    return trial.suggest_float(name, parameter.low, parameter.high, step=parameter.step, log=parameter.log)
+        low, high = int(parameter.low), int(parameter.high)
+        return optuna.distributions.IntDistribution(low, high, step=step, log=parameter.log)
+    low_, high_ = float(parameter.low), float(parameter.high)
+    return optuna.distributions.FloatDistribution(low_, high_, step=parameter.step, log=parameter.log)
+
+
+def _suggest(trial: optuna.trial.Trial, name: str, parameter: Parameter) -> Any:
+    return trial._suggest(name, _distribution(parameter))
 
 
 def _storage(directory: Path) -> JournalStorage:
@@ -351,13 +530,22 @@ def _storage(directory: Path) -> JournalStorage:
 
 
 def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
-    startup = min(10, max(4, space.trials // 3))
+    trials = space.screen.trials or space.trials
+    startup = min(10, max(4, trials // 3))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if space.sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if space.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        if space.sampler == "qmc":
+            return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+        if space.sampler == "cmaes":
+            if importlib.util.find_spec("cmaes") is None:
+                raise ConfigError("sampler", ["cmaes: the package is not installed; pip install cmaes"])
+            return optuna.samplers.CmaEsSampler(
+                seed=seed, n_startup_trials=startup, warn_independent_sampling=False, with_margin=True
+            )
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=False)
 
 

@@ -183,7 +183,7 @@ def test_pandas_reads_the_right_types_without_arguments(mixed: Study) -> None:
     ]
     assert {name for name, dtype in types.items() if dtype == "int64"} == set(whole)
     assert {name for name, dtype in types.items() if dtype == "bool"} == {"feasible", "config/gradient_checkpointing"}
-    words = ["status", "reason", "config/direction"]
+    words = ["stage", "status", "reason", "config/direction"]
     assert {types[name] for name in words} <= {"str", "object"}  # pandas 3 and pandas 2
     assert {types[name] for name in types if name not in [*whole, *words]} == {"bool", "float64"}
 

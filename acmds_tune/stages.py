@@ -1,0 +1,254 @@
+"""Which trial a study needs next: more of the search, its promotion, a baseline, an anchor, or a confirmation.
+
+A pure function of the search space and of the rows so far, so that a resumed study goes on where it was. Only rows of
+the stages `screen` and `search` are proposed by the sampler, and only from them does it learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from acmds_optimizer.config import TrainConfig, to_dict
+from acmds_tune.records import Objective, StudyRecord, TrialRecord, choose_best, ranked
+from acmds_tune.space import Space, derived_seed
+
+SAMPLED = ("screen", "search")
+"""Stages whose settings the sampler proposes."""
+
+DEFAULT = "default"
+"""Label of trials with the trainer's default settings, moved into the space."""
+
+FIXED = "fixed batch"
+HALVING = "halving"
+MOST_FIXED = 6
+"""Fixed batches that are tried."""
+
+MOST_TRIES = 2
+"""Times that a trial of the later stages is started anew after an interruption."""
+
+_CONFIRM_SEEDS = 1_000_000
+"""Number of the first confirmation seed: beyond those of the trials."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Ask the sampler."""
+
+    stage: str
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Run these settings.
+
+    Attributes:
+        stage: train, baseline, anchor or confirm.
+        label: what is repeated or compared: `default`, `fixed batch 128`, `halving`, `trial 7`.
+        values: searched settings as in the trial that is repeated.
+        more: settings on top, searched or not.
+        seed: of the trial; None: its own.
+        objective: what runs it; None: as all others.
+    """
+
+    stage: str
+    label: str
+    values: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    objective: str | None = None
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing can be started before a running trial has ended."""
+
+
+Step = Sample | Extra | Wait | None
+"""None: the study has all that it was asked for."""
+
+
+def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any]) -> Step:
+    """What to start next.
+
+    Args:
+        space: what was asked for.
+        study: all rows so far, running and interrupted ones included.
+        default: the trainer's defaults of the searched settings, moved into the space.
+    """
+    rows = [row for row in study.trials if not row.interrupted]
+    stage, wanted = ("screen", space.screen.trials) if space.screen.trials else ("search", space.trials)
+    sampled = [row for row in rows if row.stage == stage]
+    if space.anchor_every and sampled:
+        due = sum(row.status != "running" for row in sampled[1:]) // space.anchor_every
+        if _count(rows, "anchor") < due and not _tried_enough(study, "anchor", DEFAULT, None):
+            return Extra("anchor", DEFAULT, default, seed=sampled[0].seed)
+    if len(sampled) < wanted:
+        return Sample(stage)
+    agenda = (_train, _baselines, _confirm)
+    for part in agenda:
+        later = part(space, study, rows, default)
+        if later is not None:
+            return later
+    return None
+
+
+def left(space: Space, study: StudyRecord) -> int:
+    """Trials of the first stages still to be started; the later ones are not known before."""
+    rows = [row for row in study.trials if not row.interrupted]
+    wanted = space.screen.trials or space.trials
+    stage = "screen" if space.screen.trials else "search"
+    return max(0, wanted - _count(rows, stage)) + (
+        max(0, space.trials - _count(rows, "train")) if space.screen.trials else 0
+    )
+
+
+def planned(space: Space) -> int:
+    """Trials that a whole study will have, as far as can be told beforehand."""
+    count = space.trials + space.screen.trials
+    count += (space.screen.trials or space.trials) // space.anchor_every if space.anchor_every else 0
+    count += {True: 3, False: 0}[FIXED in space.baselines] + (HALVING in space.baselines)
+    compared = (DEFAULT in space.baselines) + (FIXED in space.baselines)
+    return count + (space.confirm.top + compared) * space.confirm.seeds * bool(space.confirm.top)
+
+
+def _train(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], default: Mapping[str, Any]) -> Step:
+    """The best of the screened trials, and the default, with the whole budget."""
+    if not space.screen.trials:
+        return Wait() if _running(rows, "search") and (space.baselines or space.confirm.top) else None
+    if _running(rows, "screen"):
+        return Wait()
+    screened = [row for row in rows if row.stage == "screen"]
+    order = ranked(replace(study, trials=screened), stages=("screen",))
+    first = screened[0]
+    chosen = [first, *(row for row in order if row is not first)][: space.trials]
+    for row in chosen:
+        label = f"trial {row.number}"
+        if not _started(rows, "train", label) and not _tried_enough(study, "train", label, row.seed):
+            return Extra("train", label, searched(space, row), seed=row.seed)
+    return Wait() if _running(rows, "train") and (space.baselines or space.confirm.top) else None
+
+
+def _baselines(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], default: Mapping[str, Any]) -> Step:
+    seed = derived_seed(space.seed, 0)  # of the first trial, which has the default settings
+    halved = _started(rows, "baseline", HALVING) or _tried_enough(study, "baseline", HALVING, seed)
+    if HALVING in space.baselines and not halved:
+        more = _held(space, default, largest_batch(space, default))
+        return Extra("baseline", HALVING, default, more, seed, "acmds_tune.baselines:halving")
+    if FIXED in space.baselines:
+        batch = next_fixed_batch(study, rows, largest_batch(space, default))
+        if batch is not None:
+            label = f"{FIXED} {batch}"
+            if _running(rows, "baseline"):
+                return Wait()
+            if not _tried_enough(study, "baseline", label, seed):
+                return Extra("baseline", label, default, _held(space, default, batch), seed)
+    return Wait() if _running(rows, "baseline") and space.confirm.top else None
+
+
+def largest_batch(space: Space, default: Mapping[str, Any]) -> int:
+    """The largest micro-batch that the search space allows, for the default configuration."""
+    searched_sizes = space.search.get("max_batch_size")
+    if searched_sizes is None:
+        largest = space.fixed.get("max_batch_size", TrainConfig().max_batch_size)
+    else:
+        largest = max(searched_sizes.values) if searched_sizes.values else searched_sizes.high  # type: ignore[type-var]
+    settings = {**to_dict(TrainConfig()), **space.settings(default)}
+    if settings["batch_policy"] == "hold":  # a micro-batch has at most the samples of a step
+        effective = settings["effective_batch_size"] or settings["max_batch_size"]
+        largest = min(int(largest), int(effective)) if settings["effective_batch_size"] else largest
+    return int(largest)
+
+
+def _held(space: Space, default: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """Settings that hold the micro-batch and leave the samples of a step as they are by default."""
+    settings = {**to_dict(TrainConfig()), **space.settings(default)}
+    held: dict[str, Any] = {"min_batch_size": batch, "max_batch_size": batch}
+    if settings["batch_policy"] == "hold":
+        held["effective_batch_size"] = settings["effective_batch_size"] or settings["max_batch_size"]
+        if held["effective_batch_size"] < batch:
+            held["effective_batch_size"] = batch
+    return held
+
+
+def next_fixed_batch(study: StudyRecord, rows: Sequence[TrialRecord], largest: int) -> int | None:
+    """The next fixed batch to try: from the largest on, half as large each, until a feasible one is worse again."""
+    fixed = [row for row in rows if row.stage == "baseline" and row.label.startswith(f"{FIXED} ")]
+    tried = {int(row.label.rsplit(" ", 1)[1]): row for row in fixed}
+    batch = largest
+    best: TrialRecord | None = None
+    for _ in range(MOST_FIXED):
+        row = tried.get(batch)
+        if row is None:
+            return batch
+        if best is not None:
+            pair = replace(study, trials=[best, row])
+            if choose_best(pair, stages=("baseline",)) is best:
+                return None
+        best = row if row.feasible else best
+        if batch == 1:
+            return None
+        batch = max(1, batch // 2)
+    return None
+
+
+def best_fixed(study: StudyRecord) -> TrialRecord | None:
+    """The best feasible fixed batch."""
+    rows = [row for row in study.trials if row.label.startswith(f"{FIXED} ") and row.stage == "baseline"]
+    return choose_best(replace(study, trials=rows), stages=("baseline",))
+
+
+def _confirm(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], default: Mapping[str, Any]) -> Step:
+    """The best trials and what they are compared with, each on the same seeds."""
+    if not space.confirm.top:
+        return None
+    chosen = ranked(study)[: space.confirm.top]
+    candidates: list[tuple[str, dict[str, Any], dict[str, Any]]]
+    candidates = [(f"trial {row.number}", searched(space, row), {}) for row in chosen]
+    if DEFAULT in space.baselines:
+        candidates.append((DEFAULT, dict(default), {}))
+    fixed = best_fixed(study)
+    if FIXED in space.baselines and fixed is not None:
+        held = {name: fixed.config[name] for name in ("min_batch_size", "max_batch_size", "effective_batch_size")}
+        candidates.append((fixed.label, dict(default), held))
+    for position in range(space.confirm.seeds):  # seed by seed, so that drift strikes all candidates alike
+        seed = derived_seed(space.seed, _CONFIRM_SEEDS + position)
+        for label, values, more in candidates:
+            started = any(row.label == label and row.seed == seed for row in rows if row.stage == "confirm")
+            if not started and not _tried_enough(study, "confirm", label, seed):
+                return Extra("confirm", label, values, more, seed)
+    return None
+
+
+def searched(space: Space, row: TrialRecord) -> dict[str, Any]:
+    """The searched settings of a trial, those left out whose condition is not met."""
+    values = {name: row.config[name] for name in space.search if name in row.config}
+    return {
+        name: value
+        for name, value in values.items()
+        if all(values.get(other) in allowed for other, allowed in (space.search[name].when or {}).items())
+    }
+
+
+def objectives(space: Space) -> tuple[Objective, ...]:
+    """What the space searches for, as records have it."""
+    return tuple(Objective(goal.name, goal.direction) for goal in space.objective)
+
+
+def _count(rows: Sequence[TrialRecord], stage: str) -> int:
+    return sum(row.stage == stage for row in rows)
+
+
+def _running(rows: Sequence[TrialRecord], stage: str) -> bool:
+    return any(row.stage == stage and row.status == "running" for row in rows)
+
+
+def _started(rows: Sequence[TrialRecord], stage: str, label: str) -> bool:
+    return any(row.stage == stage and row.label == label for row in rows)
+
+
+def _tried_enough(study: StudyRecord, stage: str, label: str, seed: int | None) -> bool:
+    """It was interrupted before; perhaps it is what ends the search."""
+    same = [row for row in study.trials if row.interrupted and row.stage == stage and row.label == label]
+    return sum(seed is None or row.seed == seed for row in same) >= MOST_TRIES

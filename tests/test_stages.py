@@ -1,0 +1,343 @@
+"""What a study starts next: the search, its promotion, baselines, anchors and confirmation; and what may be tried."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from acmds_optimizer.errors import ConfigError
+from acmds_tune.journal import JOURNAL
+from acmds_tune.objective import Ended
+from acmds_tune.records import Objective, StudyRecord, TrialRecord, choose_best, confirmations, ranked
+from acmds_tune.report import load_study
+from acmds_tune.requires import draw, nearest_allowed, parse_requirement
+from acmds_tune.space import Space
+from acmds_tune.space_load import load
+from acmds_tune.stages import Sample, Wait, next_step, planned
+from acmds_tune.study import Proposal, SearchStudy
+from tests.fake_objectives import figures
+
+TEXT = """
+trials: 4
+fixed: {device: cpu, dataset: digits, model: small_cnn}
+search:
+  max_batch_size: {low: 16, high: 256, log: true}
+  lr: {low: 0.0001, high: 0.1, log: true}
+"""
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Callable[[str], Space]:
+    def make(text: str) -> Space:
+        (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+        return load(tmp_path / "s.yaml")
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path, space: Callable[[str], Space]) -> Callable[..., tuple[SearchStudy, list[Proposal]]]:
+    """Run a whole study; `end` says how each trial ends."""
+
+    def whole(text: str, end: Callable[[Proposal], Ended], name: str = "s") -> tuple[SearchStudy, list[Proposal]]:
+        study = SearchStudy.create(tmp_path / name, space(text), text, {})
+        started = []
+        while study.missing:
+            proposal = study.propose()
+            started.append(proposal)
+            study.finish(proposal.number, end(proposal))
+        study.close()
+        return study, started
+
+    return whole
+
+
+def speed_of_lr(proposal: Proposal) -> Ended:
+    """Fastest at lr 0.01; 1 slower for each unit of the seed's last digit."""
+    return Ended("ok", "finished", figures(proposal.settings["lr"]), 1.0)
+
+
+def fits_64(proposal: Proposal) -> Ended:
+    """Batches up to 64 keep the headroom; larger is faster."""
+    batch = proposal.settings["max_batch_size"]
+    made = figures() | {"samples_per_second": float(batch), "oom_events": int(batch > 64)}
+    return Ended("ok", "finished", made, 1.0)
+
+
+def test_without_stages_only_the_search_runs(run: Callable[..., Any]) -> None:
+    study, started = run(TEXT, speed_of_lr)
+    assert [(each.stage, each.label) for each in started] == [("search", "default"), *[("search", "")] * 3]
+    assert study.next_step() is None
+
+
+def test_the_best_of_short_trials_are_trained_in_full_with_their_own_seeds_and_the_default_with_them(
+    run: Callable[..., Any],
+) -> None:
+    text = TEXT.replace("trials: 4", "trials: 3") + "screen: {trials: 8, share: 0.25}\nbudget: {steps: 100}\n"
+    _, started = run(text, speed_of_lr)
+    screened, trained = started[:8], started[8:]
+    assert {each.settings["max_steps"] for each in screened} == {25}
+    assert {each.settings["max_steps"] for each in trained} == {100}
+    assert [each.stage for each in trained] == ["train"] * 3
+    best_first = sorted(screened, key=lambda each: abs(each.values["lr"] - 0.01))
+    others = [each for each in best_first if each.number][:2]
+    assert [each.label for each in trained] == ["trial 0", *(f"trial {each.number}" for each in others)]
+    assert [each.values for each in trained[1:]] == [each.values for each in others]
+    assert [each.seed for each in trained[1:]] == [each.seed for each in others]
+
+
+def test_the_best_is_a_trial_with_the_whole_budget_never_a_short_one(run: Callable[..., Any]) -> None:
+    study, _ = run(TEXT.replace("trials: 4", "trials: 2") + "screen: {trials: 5}\n", speed_of_lr)
+    best = choose_best(load_study(study.directory))
+    assert best is not None
+    assert best.stage == "train"
+
+
+def test_fixed_batches_are_halved_until_a_feasible_one_is_worse_than_the_one_before(run: Callable[..., Any]) -> None:
+    _, started = run(TEXT + "baselines: [default, fixed batch]\n", fits_64)
+    fixed = [each for each in started if each.stage == "baseline"]
+    assert [each.label for each in fixed] == [f"fixed batch {size}" for size in (256, 128, 64, 32)]
+    assert [each.settings["min_batch_size"] for each in fixed] == [256, 128, 64, 32]
+    assert {each.settings["effective_batch_size"] for each in fixed} == {256, 128, 64}
+    assert len({each.seed for each in fixed}) == 1
+
+
+def test_a_fixed_batch_never_exceeds_an_effective_batch_that_is_asked_for(run: Callable[..., Any]) -> None:
+    text = TEXT.replace("small_cnn}", "small_cnn, effective_batch_size: 64}") + "baselines: [fixed batch]\n"
+    _, started = run(text, fits_64)
+    fixed = [each.settings for each in started if each.stage == "baseline"]
+    assert [each["max_batch_size"] for each in fixed] == [64, 32]
+    assert {each["effective_batch_size"] for each in fixed} == {64}
+
+
+def test_halving_on_error_runs_as_an_objective_of_its_own(run: Callable[..., Any]) -> None:
+    _, started = run(TEXT + "baselines: [halving]\n", speed_of_lr)
+    assert (started[-1].label, started[-1].objective) == ("halving", "acmds_tune.baselines:halving")
+    assert started[-1].settings["max_batch_size"] == 256
+
+
+def test_the_best_trials_and_the_baselines_are_run_again_on_the_same_seeds(run: Callable[..., Any]) -> None:
+    text = TEXT + "baselines: [default, fixed batch]\nconfirm: {top: 2, seeds: 3}\n"
+    _, started = run(text, speed_of_lr)
+    again = [each for each in started if each.stage == "confirm"]
+    seeds = {label: [each.seed for each in again if each.label == label] for label in {each.label for each in again}}
+    assert len(seeds) == 4
+    assert started[-len(again) :] == again
+    assert {"default"} < set(seeds)
+    assert sum(label.startswith("trial ") for label in seeds) == 2
+    assert len({tuple(each) for each in seeds.values()}) == 1
+    assert len(set(next(iter(seeds.values())))) == 3
+
+
+def test_the_default_settings_are_run_again_now_and_then_with_the_same_seed(run: Callable[..., Any]) -> None:
+    _, started = run(TEXT.replace("trials: 4", "trials: 7") + "anchor_every: 3\n", speed_of_lr)
+    assert [each.stage for each in started] == [*(["search"] * 4 + ["anchor"]), *(["search"] * 3 + ["anchor"])]
+    assert (started[4].seed, started[4].values) == (started[0].seed, started[0].values)
+
+
+def test_the_sampler_learns_only_from_what_it_proposed(run: Callable[..., Any]) -> None:
+    text = TEXT + "anchor_every: 2\nbaselines: [fixed batch]\nconfirm: {top: 1, seeds: 2}\n"
+    study, _ = run(text, speed_of_lr)
+    trials = study._study.get_trials()
+    told = {each.user_attrs["stage"] for each in trials if each.state == TrialState.COMPLETE}
+    assert told == {"search"}
+    row = next(row for row in load_study(study.directory).trials if row.stage == "confirm")
+    assert row.feasible
+    assert row.values is not None
+
+
+def test_a_later_stage_waits_for_trials_that_still_run(space: Callable[[str], Space]) -> None:
+    asked = space(TEXT.replace("trials: 4", "trials: 2") + "confirm: {top: 1, seeds: 1}\n")
+    goals = (Objective("samples_per_second", "maximize"),)
+    config = {"lr": 0.01, "max_batch_size": 64}
+    one = TrialRecord(0, "ok", "", config=config, values=(1.0,), seed=1)
+    study = StudyRecord("s", goals, (), tuple(config), [one])
+    assert next_step(asked, study, config) == Sample("search")
+    running = TrialRecord(1, "running", "", config=config, seed=2)
+    assert next_step(asked, StudyRecord("s", goals, (), tuple(config), [one, running]), config) == Wait()
+
+
+def test_a_resumed_study_goes_on_in_the_stage_where_it_was(tmp_path: Path, space: Callable[[str], Space]) -> None:
+    text = TEXT.replace("trials: 4", "trials: 2") + "baselines: [fixed batch]\nconfirm: {top: 1, seeds: 2}\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    started = []
+    while study.missing:
+        proposal = study.propose()
+        started.append((proposal.stage, proposal.label))
+        if len(started) % 2:  # every second trial is lost
+            study.finish(proposal.number, fits_64(proposal))
+        study.close()
+        study = SearchStudy.resume(tmp_path / "s", space(text))
+    rows = [row for row in study.record().trials if not row.interrupted]
+    finished = [(row.stage, row.label) for row in rows]
+    assert len(set(zip(finished, [row.seed for row in rows], strict=True))) == len(rows)
+    assert [stage for stage, _ in finished].count("search") == 2
+    assert [stage for stage, _ in finished].count("confirm") == 4
+
+
+def study_of(*trials: TrialRecord) -> StudyRecord:
+    return StudyRecord("s", (Objective("samples_per_second", "maximize"),), (), ("lr",), trials)
+
+
+def trial(number: int, value: float, stage: str = "search", label: str = "", status: str = "ok") -> TrialRecord:
+    return TrialRecord(number, status, "", values=(value,), stage=stage, label=label)
+
+
+def test_a_confirmed_best_is_chosen_by_its_mean_over_the_seeds() -> None:
+    study = study_of(
+        trial(0, 10.0), trial(1, 9.0), trial(2, 8.0),
+        trial(3, 5.0, "confirm", "trial 0"), trial(4, 9.0, "confirm", "trial 1"),
+        trial(5, 9.0, "confirm", "trial 0"), trial(6, 8.0, "confirm", "trial 1"),
+    )  # fmt: skip
+    best = choose_best(study)
+    assert best is not None
+    assert best.number == 1
+    found = confirmations(study)["trial 1"]
+    assert found.means == (8.5,)
+    assert found.deviations is not None
+    assert found.deviations[0] == pytest.approx(0.5**0.5)
+    assert [each.number for each in ranked(study)] == [0, 1, 2]
+
+
+def test_a_winner_that_is_infeasible_with_another_seed_is_out() -> None:
+    refuted = trial(2, 10.0, "confirm", "trial 0", "infeasible")
+    best = choose_best(study_of(trial(0, 10.0), trial(1, 9.0), refuted))
+    assert best is not None
+    assert best.number == 1
+    assert choose_best(study_of(trial(0, 10.0), refuted)) is None
+
+
+def test_baselines_and_confirmations_are_never_the_best() -> None:
+    best = choose_best(study_of(trial(0, 1.0), trial(1, 5.0, "baseline", "fixed batch 64"), trial(2, 9.0, "anchor")))
+    assert best is not None
+    assert best.number == 0
+
+
+def test_the_number_of_trials_of_a_whole_study_is_told_beforehand(space: Callable[[str], Space]) -> None:
+    assert planned(space(TEXT)) == 4
+    assert planned(space(TEXT + "anchor_every: 2\nconfirm: {top: 2, seeds: 3}\nbaselines: [default]\n")) == 4 + 2 + 9
+
+
+# --- requires
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "holds"),
+    [
+        ("max_batch_size >= 4 * min_batch_size", {"max_batch_size": 64, "min_batch_size": 16}, True),
+        ("max_batch_size >= 4 * min_batch_size", {"max_batch_size": 64, "min_batch_size": 17}, False),
+        ("optimizer == sgd or lr < 0.1", {"optimizer": "adamw", "lr": 0.2}, False),
+        ("optimizer == 'sgd' or lr < 0.1", {"optimizer": "sgd", "lr": 0.2}, True),
+        ("not enable_amp", {"enable_amp": True}, False),
+        ("enable_amp == true", {"enable_amp": True}, True),
+        ("0 < pid_ki <= pid_kp", {"pid_ki": 0.2, "pid_kp": 0.1}, False),
+        ("effective_batch_size >= max_batch_size", {"effective_batch_size": None, "max_batch_size": 4}, True),
+        ("-lr < 0 and max_batch_size % 8 == 0", {"lr": 1.0, "max_batch_size": 12}, False),
+    ],
+)
+def test_a_requirement_says_whether_settings_fulfil_it(text: str, settings: dict[str, Any], holds: bool) -> None:
+    assert parse_requirement(text).holds(settings) is holds
+
+
+@pytest.mark.parametrize(
+    "text", ["lr >", "lr + 1", "__import__('os').system('x')", "lr.real < 1", "[1] == lr", "7", "~lr < 1"]
+)
+def test_what_is_no_requirement_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="'"):
+        parse_requirement(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("requires: [lr < 0.00001]", "line 7: requires: none of 4000 random configurations fulfils it"),
+        ("requires: [lrr < 1]", "no setting is called lrr (did you mean 'lr'?)"),
+        ("requires: [pid_kp < 1]", "names no searched setting"),
+        ("screen: {trials: 2}", "2 short trials are fewer than `trials`, 4"),
+        ("baselines: [default, default]", "the same one twice"),
+        ("baselines: [best]", "input should be 'default', 'fixed batch' or 'halving'"),
+        ("warm_start: [nowhere]", "'nowhere': no such folder"),
+    ],
+)
+def test_what_cannot_be_asked_of_stages_is_refused_with_its_line(
+    space: Callable[[str], Space], line: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        space(TEXT + line + "\n")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+def test_nothing_is_tried_that_does_not_fulfil_what_is_required(run: Callable[..., Any], sampler: str) -> None:
+    text = TEXT.replace("trials: 4", "trials: 12") + f"requires: [lr * max_batch_size <= 0.1]\nsampler: {sampler}\n"
+    study, started = run(text, speed_of_lr)
+    assert len(started) == len(load_study(study.directory).trials) == 12
+    assert all(each.values["lr"] * each.values["max_batch_size"] <= 0.1 for each in started)
+    assert started[0].label == "default"
+
+
+def test_the_nearest_configuration_that_may_be_tried_takes_the_place_of_one_that_may_not(
+    space: Callable[[str], Space],
+) -> None:
+    search = space(TEXT).search
+    rng = random.Random(0)
+    points = [draw(search, rng) for _ in range(200)]
+    assert all(16 <= point["max_batch_size"] <= 256 and isinstance(point["max_batch_size"], int) for point in points)
+    wanted = {"max_batch_size": 256, "lr": 0.01}
+    found = nearest_allowed(wanted, search, lambda point: point["max_batch_size"] <= 64, rng)
+    assert found is not None
+    assert 56 <= found["max_batch_size"] <= 64
+    assert found["lr"] == pytest.approx(0.01, rel=0.5)
+    assert nearest_allowed(wanted, search, lambda point: False, rng) is None
+
+
+# --- earlier studies
+
+
+def test_a_study_of_the_same_thing_is_known_and_its_best_are_tried_first(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    earlier, first = run(TEXT.replace("trials: 4", "trials: 8"), speed_of_lr, "earlier")
+    text = TEXT.replace("trials: 4", "trials: 7") + f"warm_start: ['{tmp_path / 'earlier'}']\n"
+    study, started = run(text, speed_of_lr, "later")
+    best = sorted(first, key=lambda each: abs(each.values["lr"] - 0.01))[:5]
+    assert [each.values for each in started[1:6]] == [each.values for each in best]
+    assert started[1].label == "from s"
+    states = [each.state for each in study._study.get_trials() if "earlier" in each.user_attrs]
+    assert states == [TrialState.COMPLETE] * 8
+    assert len(load_study(study.directory).trials) == 7
+    assert (earlier.directory / JOURNAL).is_file()
+
+
+def test_of_a_study_of_something_else_only_the_best_settings_are_taken(
+    run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(TEXT, speed_of_lr, "earlier")
+    text = TEXT.replace("digits", "cifar10").replace("high: 256", "high: 20")
+    study, started = run(text + f"warm_start: ['{tmp_path / 'earlier'}']\n", speed_of_lr, "later")
+    assert not any("earlier" in each.user_attrs for each in study._study.get_trials())
+    assert "fixed.dataset: digits in the study, cifar10 now" in caplog.text
+    assert len(started) == 4
+    assert all(each.values["max_batch_size"] <= 20 for each in started)
+
+
+@pytest.mark.parametrize("sampler", ["qmc", "cmaes"])
+def test_the_other_samplers_propose_within_the_space_too(run: Callable[..., Any], sampler: str) -> None:
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes", reason="the sampler needs the package cmaes")
+    _, started = run(TEXT.replace("trials: 4", "trials: 14") + f"sampler: {sampler}\n", fits_64)
+    assert len({each.values["lr"] for each in started}) == 14
+    assert all(16 <= each.values["max_batch_size"] <= 256 for each in started)
+
+
+def test_a_sampler_whose_package_is_missing_is_refused_before_there_is_a_study(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install cmaes"):
+        run(TEXT + "sampler: cmaes\n", speed_of_lr)
