@@ -122,3 +122,78 @@ def test_reading_the_device_costs_microseconds():
         memory.read()
         memory.reset_peak()
     assert (time.perf_counter() - began) / 1000 < 200e-6
+
+
+def stepped(trainer: ACMDSTrainer, sizes: list[int]) -> list[float]:
+    """Mean losses of steps over the same 256 samples, in micro-batches of these sizes, with a changing rate."""
+    with trainer:
+        trainer.sampler.set_epoch(0, 0.0)
+        plan = trainer.sampler.plan
+        with trainer.source.stream(plan.order, plan.weights, epoch=0) as stream:
+            batch = stream.take(256)
+        found = []
+        for number, size in enumerate(sizes):
+            trainer.optimizer.param_groups[0]["lr"] = 1e-3 * (1.0 - number / len(sizes))
+            result = trainer.guard.run(lambda micro: trainer.train_step(batch, micro), size)
+            found.append(result.value.mean())
+        return torch.stack(found).tolist()
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [({"enable_amp": False, "enable_tf32": False}, 2e-3), ({}, 0.05)])
+def test_200_steps_by_graphs_follow_eager_ones_while_the_size_and_the_rate_change(amp, tolerance):
+    sizes = [256] * 40 + [128] * 40 + [64] * 40 + [128] * 40 + [256] * 40
+    settings = {"amp_dtype": "bf16"} | amp
+    graphed = make(enable_cuda_graphs=True, **settings)
+    with_graphs = stepped(graphed, sizes)
+    assert graphed.train_step.graphs is not None
+    assert graphed.train_step.graphs.captures >= 4, "three sizes and the optimizer"
+    eager = stepped(make(enable_cuda_graphs=False, **settings), sizes)
+    assert with_graphs[:60] == pytest.approx(eager[:60], rel=tolerance)
+    assert sum(with_graphs) / len(sizes) == pytest.approx(sum(eager) / len(sizes), rel=tolerance)
+
+
+def test_a_setting_that_changes_is_captured_again():
+    trainer = make(enable_cuda_graphs=True, min_batch_size=256)
+    with trainer:
+        trainer.train_epoch()
+        graphs = trainer.train_step.graphs
+        assert graphs is not None
+        before = graphs.captures
+        trainer.optimizer.param_groups[0]["weight_decay"] = 0.5
+        trainer.train_epoch()
+        assert graphs.captures == before + 1
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("amp_dtype", ["bf16", "fp16"])
+def test_no_step_waits_for_the_device(graphs, amp_dtype):
+    trainer = make(20_000, enable_cuda_graphs=graphs, amp_dtype=amp_dtype, min_batch_size=128, max_batch_size=128)
+    with trainer:
+
+        def hot() -> bool:
+            torch.cuda.set_sync_debug_mode("error" if 30 <= trainer.step < 140 else "default")
+            return False
+
+        trainer.should_stop = hot
+        try:
+            trainer.train_epoch()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert trainer.step > 140
+
+
+def test_graphs_turn_themselves_on_where_launches_are_what_takes_time():
+    trainer = make(20_000, min_batch_size=64, max_batch_size=64, amp_dtype="bf16")
+    with trainer:
+        trainer.train_epoch()
+        assert trainer.train_step.graphs is not None
+        assert trainer.train_step.graphs.largest == 64
+
+
+def test_graphs_stay_off_where_the_card_is_busy():
+    trainer = make(20_000, min_batch_size=2048, max_batch_size=2048, enable_amp=False, enable_tf32=False)
+    with trainer:
+        for _ in range(3):
+            trainer.train_epoch()
+        assert trainer.train_step.graphs is not None
+        assert trainer.train_step.graphs.largest == 0
