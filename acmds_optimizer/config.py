@@ -163,7 +163,22 @@ class TrainConfig(CurriculumConfig):
     """Height and width of an input in pixels; none: as stored for small images of one size, else 224."""
 
     augment: bool = True
-    """Random crops and horizontal flips in training (no flips for digits)."""
+    """Random crops and horizontal flips in training (no flips for digits); false: none of the augmentations below."""
+
+    auto_augment: Literal["none", "trivial", "rand"] = "none"
+    """TrivialAugment or RandAugment (two operations of magnitude 9), by workers: images are not kept on the GPU."""
+
+    cutout_fraction: Fraction = 0.0
+    """Side of a square at a random place that is greyed out, as a share of the image's side; 0: none."""
+
+    mixup_alpha: Annotated[float, Ge(0.0)] = 0.0
+    """Images and labels are mixed by a share from Beta(alpha, alpha); 0: never. With cutmix, one of the two a step."""
+
+    cutmix_alpha: Annotated[float, Ge(0.0)] = 0.0
+    """A box of an image, and its share of the label, comes from another; its size from Beta(alpha, alpha); 0: never."""
+
+    label_smoothing: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0
+    """Share of the target that is spread over all classes. Logged losses and difficulties stay unsmoothed."""
 
     num_workers: Annotated[int, Ge(0)] | None = None
     """Processes that decode images; none: up to 8, one fewer than there are cores."""
@@ -185,19 +200,37 @@ class TrainConfig(CurriculumConfig):
     """Stop after this many seconds of training, at a step boundary."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with momentum 0.9."""
+    """AdamW, or SGD with momentum."""
+
+    momentum: Annotated[float, Ge(0.0), Lt(1.0)] = 0.9
+    """Of SGD."""
+
+    nesterov: bool = False
+    """Nesterov's momentum, for SGD."""
 
     lr: Annotated[float, Gt(0.0)] = 1e-3
     """Peak learning rate."""
 
     weight_decay: Annotated[float, Ge(0.0)] = 0.05
-    """Decoupled for AdamW, L2 for SGD."""
+    """Decoupled for AdamW, L2 for SGD (there 5e-4 and less is usual)."""
 
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """Runs on samples seen, so that a moving batch does not change it."""
+    decay_norms_and_biases: bool = False
+    """Weight decay also for parameters of one dimension: biases, and the scales of normalisation layers."""
 
-    warmup_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.05
-    """Share of the training over which the learning rate rises linearly."""
+    lr_schedule: Literal["cosine", "one_cycle", "step", "plateau", "linear", "constant"] = "cosine"
+    """Runs on samples seen, so that a moving batch does not change it; plateau also looks at the validation loss."""
+
+    warmup_fraction: Annotated[float, Ge(0.0), Lt(1.0)] | None = None
+    """Share of the training over which the learning rate rises; none: 0.05, with one_cycle 0.3."""
+
+    lr_decay_factor: Annotated[float, Gt(0.0), Lt(1.0)] = 0.1
+    """Factor of each drop of the learning rate under lr_schedule step and plateau."""
+
+    lr_decay_epochs: Annotated[float, Gt(0.0)] | None = None
+    """Epochs between drops under step, and without improvement before one under plateau; none: a third, a tenth."""
+
+    ema_decay: Annotated[float, Ge(0.0), Lt(1.0)] | None = None
+    """Decay, a step, of a running average of the weights, which is then what is validated (0.999); none: no average."""
 
     # --- what is kept
     output_dir: str | None = None

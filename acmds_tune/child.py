@@ -35,7 +35,7 @@ from acmds_tune.objective import (
 
 logger = logging.getLogger(__name__)
 
-TRAINER_MODULES = ["torch", "acmds_optimizer.engine.run"]
+TRAINER_MODULES = ["torch", "acmds_optimizer.engine.run", "torchmetrics.classification"]
 """Imported once in the fork server, not again in every trial that trains."""
 
 DATASET_MODULES = {"digits": ["sklearn.datasets"]}

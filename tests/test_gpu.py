@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from acmds_optimizer import ACMDSTrainer, CurriculumConfig
+from acmds_optimizer import ACMDSTrainer, CurriculumConfig, TrainConfig
+from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.memory.device import CudaMemory, open_memory
+from acmds_optimizer.memory.guard import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +37,20 @@ def make(count: int = 4096, **settings: Any) -> ACMDSTrainer:
 def _nothing_is_left_by_the_test_before():
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_fused_step_of_two_groups_allocates_nothing(kind):
+    model = build_model("resnet18", 10, image_size=32).cuda()
+    optimizer = build_optimizer(model, TrainConfig(optimizer=kind))
+    create_optimizer_state(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    optimizer.step()
+    assert len(optimizer.param_groups) == 2
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
 def losses(trainer: ACMDSTrainer, epochs: int = 2) -> list[float]:

@@ -96,7 +96,7 @@ def test_an_epoch_reports_the_mean_of_the_real_per_sample_losses():
     trainer = make(dataset=DifficultyAwareDataset(data()))
     for group in trainer.optimizer.param_groups:
         group["weight_decay"] = 0.0
-    trainer._base_lrs = [0.0]  # the weights stand still, so the losses can be computed afterwards
+    trainer.schedule.base_lrs = [0.0]  # the weights stand still, so the losses can be computed afterwards
     figures = trainer.train_epoch()
     inputs, targets = data().tensors
     losses = nn.functional.cross_entropy(trainer.model(inputs), targets, reduction="none")
@@ -178,7 +178,7 @@ def test_a_model_that_does_not_fit_ends_with_advice():
 
 def test_a_loss_that_is_not_finite_is_reported_with_its_step():
     trainer = make()
-    trainer.train_step.loss_fn = lambda logits, targets: (
+    trainer.train_step.loss.own = lambda logits, targets: (
         nn.functional.cross_entropy(logits, targets, reduction="none") * math.inf
     )
     with pytest.raises(DivergedError, match="step 0: lower --lr"):
@@ -512,6 +512,6 @@ def test_a_free_batch_changes_the_learning_rate_by_the_stated_rule(rule, power):
     )  # fmt: skip
     trainer.train_epoch()
     expected = 0.01 * (trainer.controller.batch_size / 64) ** power
-    trainer._set_lr(trainer.controller.batch_size)
+    trainer.schedule.set(0.0, trainer.controller.batch_size)
     assert trainer.controller.batch_size < 64
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)

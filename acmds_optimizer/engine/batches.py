@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acmds_optimizer.engine.augment import Cutouts
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,12 +22,14 @@ class Batch:
         targets: (n,) int64 class numbers.
         indices: (n,) int64, which samples of the data set.
         weights: (n,) float32, how much each counts in the loss.
+        soft: (n, classes) float32, targets of samples that are mixed with others; None: nothing is mixed.
     """
 
     inputs: Tensor
     targets: Tensor
     indices: Tensor
     weights: Tensor
+    soft: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -34,8 +38,9 @@ class Batch:
         """Samples start to stop, as views."""
         if start == 0 and stop == len(self):
             return self
+        soft = None if self.soft is None else self.soft[start:stop]
         return Batch(
-            self.inputs[start:stop], self.targets[start:stop], self.indices[start:stop], self.weights[start:stop]
+            self.inputs[start:stop], self.targets[start:stop], self.indices[start:stop], self.weights[start:stop], soft
         )
 
 
@@ -46,6 +51,7 @@ class EpochStream(ABC):
         order: (m,) int64, the whole epoch's data set indices, on the device.
         weights: (m,) float32, on the device.
         position: samples taken so far, those before `start` included.
+        cutouts: squares to cut out of the inputs; None: none.
     """
 
     def __init__(self, order: np.ndarray, weights: np.ndarray | None, start: int, device: torch.device) -> None:
@@ -59,6 +65,7 @@ class EpochStream(ABC):
         else:
             self.weights = torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32)).to(device, copy=True)
         self.position = start
+        self.cutouts: Cutouts | None = None
 
     @property
     def remaining(self) -> int:
@@ -78,6 +85,8 @@ class EpochStream(ABC):
             raise ValueError(f"cannot take {count} samples")
         stop = self.position + min(count, self.remaining)
         inputs, targets = self._build(self.position, stop)
+        if self.cutouts is not None:
+            self.cutouts.apply(inputs, self.position)
         batch = Batch(inputs, targets, self.order[self.position : stop], self.weights[self.position : stop])
         self.position = stop
         return batch

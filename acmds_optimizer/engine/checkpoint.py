@@ -14,7 +14,7 @@ import torch
 from acmds_optimizer.errors import ACMDSError, CheckpointError
 
 FORMAT = "acmds-checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:

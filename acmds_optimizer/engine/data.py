@@ -40,7 +40,8 @@ def make_source(
 
     Small images (at most 64 px) and float tensors that are known to be the same each time, and that fit
     `resident_limit_bytes`, stay on `device`; image files are decoded once, by workers. All else is loaded by workers
-    while training: large images, and data sets whose items may differ from one reading to the next.
+    while training: large images, data sets whose items may differ from one reading to the next, and images under
+    `auto_augment`, which torchvision applies to one image at a time.
 
     Args:
         dataset: map-style data set of (image, label), as a rule `bundle.train` or `bundle.val`.
@@ -56,15 +57,16 @@ def make_source(
     device = torch.device(device)
     if bundle is None:
         bundle = describe(dataset)
-    spec = InputSpec(
-        bundle.image_shape, bundle.mean, bundle.std, bundle.flip, bundle.crop, bundle.is_float, bundle.num_classes,
-        config.seed,
-    )  # fmt: skip  # in the order of the fields
     settings = config if isinstance(config, TrainConfig) else TrainConfig()
     augment = train and settings.augment
+    spec = InputSpec(
+        bundle.image_shape, bundle.mean, bundle.std, bundle.flip, bundle.crop, bundle.is_float, bundle.num_classes,
+        config.seed, settings.auto_augment if augment else "none", settings.cutout_fraction if augment else 0.0,
+    )  # fmt: skip  # in the order of the fields
     workers = resolve_workers(settings.num_workers)
     count = length(dataset)
-    if spec.crop == "resized" or not is_fixed(dataset) or count * spec.item_bytes > resident_limit_bytes:
+    fits = is_fixed(dataset) and count * spec.item_bytes <= resident_limit_bytes
+    if spec.crop == "resized" or spec.auto_augment != "none" or not fits:
         return WorkerSource(dataset, spec, device, augment, workers)
     stored = in_memory(dataset)
     if stored is not None and tuple(stored.images.shape[1:]) == spec.shape:

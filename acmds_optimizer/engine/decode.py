@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from acmds_optimizer.engine.augment import POLICIES
 from acmds_optimizer.engine.images import InputSpec, prepare, sample_rng
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.folders import UNREADABLE, ImageFiles, unreadable
@@ -52,6 +53,8 @@ class Decoder(Dataset[Chunk]):
         self.dataset = dataset
         self.spec = spec
         self.is_foreign = not isinstance(dataset, ImageFiles)
+        name = "none" if spec.is_float or spec.crop == "none" else spec.auto_augment
+        self.policy = POLICIES[name]() if name != "none" else None
 
     def __getitem__(self, request: Request) -> Chunk:
         spec = self.spec
@@ -90,6 +93,9 @@ class Decoder(Dataset[Chunk]):
                 f"item {index} of the data set has label {label}, but there are {self.spec.num_classes} classes: "
                 f"give num_classes of at least {label + 1}"
             )
+        if rng is not None and self.policy is not None:
+            _seed_globals(int(rng.integers(2**32)))  # torchvision draws from torch's global generator
+            pixels = self.policy(pixels)
         return pixels, label
 
 

@@ -43,6 +43,7 @@ class _Captured:
     inputs: Tensor
     targets: Tensor
     shares: Tensor
+    soft: Tensor | None
     losses: Tensor
     peak_bytes: int
 
@@ -110,10 +111,12 @@ class GraphedMicroBatches:
             captured = self._capture(part, total)
         self.replayed = captured is not None
         if captured is None:
-            return self._step.backward(part.inputs, part.targets, part.weights / total)
+            return self._step.backward(part.inputs, part.targets, part.weights / total, part.soft)
         captured.inputs.copy_(part.inputs)
         captured.targets.copy_(part.targets)
         torch.div(part.weights, total, out=captured.shares)
+        if captured.soft is not None and part.soft is not None:
+            captured.soft.copy_(part.soft)
         captured.graph.replay()
         return captured.losses.clone()
 
@@ -203,18 +206,19 @@ class GraphedMicroBatches:
 
     def _capture(self, part: Batch, total: int) -> _Captured | None:
         inputs, targets, shares = part.inputs.clone(), part.targets.clone(), part.weights / total
+        soft = None if part.soft is None else part.soft.clone()
         memory = self._step.guard.controller.memory
         memory.release_cache(collect=False)
         before = memory.read()
         memory.reset_peak()
-        graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares))
+        graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares, soft))
         if graph is None:
             return None
         assert losses is not None
         after = memory.read()
         self.pool_bytes += max(0, after.reserved_bytes - before.reserved_bytes)
         peak = max(before.peak_allocated_bytes, after.peak_allocated_bytes)
-        self._graphs[len(part)] = captured = _Captured(graph, inputs, targets, shares, losses, peak)
+        self._graphs[len(part)] = captured = _Captured(graph, inputs, targets, shares, soft, losses, peak)
         return captured
 
     def _capture_optimizer(self, settings: list[Any]) -> _CapturedOptimizer | None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from acmds_optimizer.engine.augment import Cutouts
 from acmds_optimizer.errors import DataError
 
 VALIDATION_RATIO = 224 / 256
@@ -36,6 +37,8 @@ class InputSpec:
     is_float: bool
     num_classes: int | None
     seed: int
+    auto_augment: Literal["none", "trivial", "rand"] = "none"
+    cutout_fraction: float = 0.0
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -118,6 +121,13 @@ class Shifts:
             column.clamp_(0, width - 1)[:, None, None, :],
         ]
         return picked.mul_(inside)
+
+
+def draw_cutouts(spec: InputSpec, count: int, epoch: int, device: torch.device) -> Cutouts | None:
+    """The squares of one epoch's samples, by position; None where none are asked for."""
+    if not spec.cutout_fraction:
+        return None
+    return Cutouts.draw(count, spec.shape, spec.cutout_fraction, _mix(spec.seed, epoch, 1), device)
 
 
 def _mix(*numbers: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -49,18 +48,20 @@ def set_up_cuda(config: CurriculumConfig) -> None:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer the configuration names, fused (it allocates nothing in its step) where the device has it.
 
+    Its first parameter group decays; the second holds what does not, unless `decay_norms_and_biases`.
+
     Raises:
         DataError: all parameters are frozen.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
+    groups = _groups(model, config)
+    if not groups:
         raise DataError(
             f"model {config.model!r}: none of its parameters requires a gradient, so nothing can be trained"
         )
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "adamw": lambda **kw: torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, **kw),
+        "adamw": lambda **kw: torch.optim.AdamW(groups, lr=config.lr, **kw),
         "sgd": lambda **kw: torch.optim.SGD(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, momentum=0.9, **kw
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, **kw
         ),
     }
     try:
@@ -70,17 +71,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return kinds[config.optimizer]()
 
 
-def schedule_factor(config: TrainConfig, progress: float) -> float:
-    """Factor on the peak learning rate at `progress`, the share of the training that is done, in [0, 1].
-
-    Rises linearly over `warmup_fraction`, then stays, or falls to 0 along half a cosine.
-    """
-    if progress < config.warmup_fraction:
-        return max(progress / config.warmup_fraction, 1e-3)
-    if config.lr_schedule == "constant":
-        return 1.0
-    done = (progress - config.warmup_fraction) / (1.0 - config.warmup_fraction)
-    return 0.5 * (1.0 + math.cos(min(done, 1.0) * math.pi))
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Parameters that decay, and those that do not: of one dimension, or named by timm's `no_weight_decay`."""
+    method: Any = getattr(model, "no_weight_decay", None)
+    named = set(method()) if callable(method) else set()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = not config.decay_norms_and_biases and (parameter.dim() <= 1 or name in named)
+            (others if exempt else decayed).append(parameter)
+    groups = [(decayed, config.weight_decay), (others, 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
 def checkpoint_activations(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from acmds_optimizer.engine.batches import DataSource, EpochStream
-from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts
+from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
 
 
 class ResidentSource(DataSource):
@@ -44,7 +44,10 @@ class ResidentSource(DataSource):
         shifts = None
         if augment and self.may_augment:
             shifts = Shifts.draw(len(order), epoch, self.spec, self.device)
-        return ResidentStream(self, order, weights, start, shifts)
+        stream = ResidentStream(self, order, weights, start, shifts)
+        if shifts is not None:
+            stream.cutouts = draw_cutouts(self.spec, len(order), epoch, self.device)
+        return stream
 
 
 _CHUNK_BYTES = 32 * 2**20

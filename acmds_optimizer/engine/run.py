@@ -69,9 +69,10 @@ def run_training(
     model = build_model(config.model, bundle.num_classes, in_channels=bundle.image_shape[0], image_size=size)
     if memory.device.type == "cuda":
         torch.cuda.manual_seed(config.seed)
-    state = _with_settings(checkpoint.load(resume), config) if resume is not None else None
+    optimizer = build_optimizer(model, config)
+    state = _with_settings(checkpoint.load(resume), config, optimizer) if resume is not None else None
     trainer = ACMDSTrainer(
-        model, bundle.train, build_optimizer(model, config), config,
+        model, bundle.train, optimizer, config,
         memory=memory, val_dataset=bundle.val, bundle=bundle,
     )  # fmt: skip
     if state is not None:
@@ -136,7 +137,7 @@ def _outcome(trainer: ACMDSTrainer) -> Outcome:
     )
 
 
-def _with_settings(state: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+def _with_settings(state: dict[str, Any], config: TrainConfig, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The checkpoint with the optimizer's settings of `config`, which otherwise would be those it was saved with.
 
     Raises:
@@ -146,9 +147,9 @@ def _with_settings(state: dict[str, Any], config: TrainConfig) -> dict[str, Any]
     for name in ("model", "optimizer"):
         if before.get(name, now := getattr(config, name)) != now:
             raise CheckpointError(f"the checkpoint is of {name} {before[name]!r}, so it cannot go on as {now!r}")
-    state["trainer"]["base_lrs"] = [config.lr for _ in state["trainer"]["base_lrs"]]
-    for group in state["optimizer"]["param_groups"]:
-        group["weight_decay"] = config.weight_decay
+    state["schedule"]["base_lrs"] = [config.lr for _ in state["schedule"]["base_lrs"]]
+    for saved, asked in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
+        saved |= {name: asked[name] for name in ("weight_decay", "momentum", "nesterov") if name in asked}
     return state
 
 

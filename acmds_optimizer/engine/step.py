@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
+from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.guard import Guard
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 _MOST_SIZES = 64
 
 
@@ -34,7 +34,7 @@ class TrainStep:
     Args:
         model: in training mode, on the device.
         guard: its optimizer is stepped, so that a failure in it can be undone.
-        loss_fn: (logits (B, C) float32, targets (B,)) -> losses (B,), unreduced.
+        loss: of the logits, in float32.
         amp_dtype: autocast dtype; None: float32.
         channels_last: whether 4-d inputs are converted to NHWC.
         cuda_graphs: whether steps are replayed as graphs; auto: where that is 5 % faster.
@@ -45,7 +45,7 @@ class TrainStep:
         self,
         model: nn.Module,
         guard: Guard,
-        loss_fn: LossFunction,
+        loss: TrainingLoss,
         amp_dtype: torch.dtype | None = None,
         channels_last: bool = False,
         cuda_graphs: bool | Literal["auto"] = False,
@@ -57,7 +57,7 @@ class TrainStep:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
             self._run = torch.compile(model, dynamic=False)
         self.guard = guard
-        self.loss_fn = loss_fn
+        self.loss = loss
         self.amp_dtype = amp_dtype
         self.channels_last = channels_last
         self.device_type = guard.controller.device.type
@@ -66,7 +66,7 @@ class TrainStep:
             guard.zero_grad = self.graphs.zero_grad
 
     def __call__(self, batch: Batch, micro_batch: int) -> Tensor:
-        """Run the step; losses (n,) float32 of its samples, detached, in their order.
+        """Run the step; losses (n,) float32 of its samples (unsmoothed), detached, in their order.
 
         The gradient is that of sum(weight * loss) / n over the whole batch, whatever the micro-batch is.
         """
@@ -89,19 +89,19 @@ class TrainStep:
         """Forward and backward of one micro-batch out of `total` samples; its losses (B,), detached."""
         if self.graphs is not None:
             return self.graphs(part, total)
-        return self.backward(part.inputs, part.targets, part.weights / total)
+        return self.backward(part.inputs, part.targets, part.weights / total, part.soft)
 
-    def backward(self, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """Add the gradient of sum(shares * loss), shares (B,); unreduced losses (B,), detached."""
-        losses = self.loss_fn(self.logits(inputs), targets)
-        weighted = (losses * shares).sum()
+    def backward(self, inputs: Tensor, targets: Tensor, shares: Tensor, soft: Tensor | None = None) -> Tensor:
+        """Add the gradient of sum(shares * loss), shares (B,); unreduced, unsmoothed losses (B,), detached."""
+        minimised, losses = self.loss(self.logits(inputs), targets, soft)
+        weighted = (minimised * shares).sum()
         if self.guard.scaler is not None:
             weighted = self.guard.scaler.scale(weighted)
         weighted.backward()
-        return losses.detach()
+        return losses
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """The model's outputs (B, C), in float32 where the model computed in half precision.
+    def logits(self, inputs: Tensor, model: nn.Module | None = None) -> Tensor:
+        """The outputs (B, C) of the model (or of `model`), in float32 where it computed in half precision.
 
         Raises:
             DataError: the model gives something else than one tensor.
@@ -110,8 +110,9 @@ class TrainStep:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         # a cached cast of a weight would be made in one graph and read in another
         cache = self.graphs is None
+        model = model or self.model
         with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
-            outputs = (self._run if self.model.training else self.model)(inputs)
+            outputs = (self._run if model is self.model and model.training else model)(inputs)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"{type(self.model).__name__} must give one tensor of logits (B, C), but gives a "

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,11 +18,15 @@ from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig, to_dict
 from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
 from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler
 from acmds_optimizer.engine import checkpoint, probe
-from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
+from acmds_optimizer.engine.average import WeightAverage
+from acmds_optimizer.engine.batches import Batch, EpochStream
 from acmds_optimizer.engine.data import make_source
+from acmds_optimizer.engine.evaluate import evaluate
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
-from acmds_optimizer.engine.prepare import checkpoint_activations, schedule_factor, set_up_cuda
-from acmds_optimizer.engine.step import LossFunction, StepClock, TrainStep, parts
+from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
+from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
+from acmds_optimizer.engine.schedule import LearningRate
+from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.errors import CheckpointError, DataError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
@@ -129,15 +132,20 @@ class ACMDSTrainer:
         self.controller.memory.release_cache()
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
+        train_config = self.config if isinstance(self.config, TrainConfig) else None
+        self.average: WeightAverage | None = None
+        if train_config is not None and train_config.ema_decay is not None:
+            self.average = WeightAverage(self.model, train_config.ema_decay)
+            self.controller.memory.track(list(self.average.state_dict().values()))
         if self.config.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.optimizer = optimizer
         _move_optimizer_state(optimizer, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
-        self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.schedule = LearningRate(optimizer, self.config)
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
-            self.model, self.guard, loss_fn or nn.CrossEntropyLoss(reduction="none"), dtype, channels_last,
+            self.model, self.guard, make_loss(self.config, loss_fn), dtype, channels_last,
             cuda_graphs=self._wants_graphs(), compiled=self.config.compile_model,
         )  # fmt: skip
 
@@ -148,6 +156,7 @@ class ACMDSTrainer:
             self.dataset = DifficultyAwareDataset(dataset, alpha=self.config.curriculum_alpha)
         self.dataset.scores.to(self.device)
         self._num_classes = bundle.num_classes if bundle is not None else None
+        self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
         self.source = make_source(self.dataset.base_dataset, bundle, self.config, self.device, train=True)
         self.val_source = make_source(val, bundle, self.config, self.device, train=False) if val is not None else None
         self.total_epochs = self.config.epochs if isinstance(self.config, TrainConfig) else 10
@@ -235,7 +244,7 @@ class ACMDSTrainer:
         """
         plan, failed, last = self.sampler.plan, 0, 0
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
-            batch = stream.take(self.controller.limits.buckets[-1])
+            batch = self.mixing(stream.take(self.controller.limits.buckets[-1]), self.epoch, 0)
         self.controller.memory.track([batch.inputs, batch.targets])
         self._check_outputs(batch)
         for _ in range(_REHEARSALS):
@@ -287,9 +296,9 @@ class ACMDSTrainer:
         if stream.remaining == count + 1:
             count += 1  # a batch of one sample has no variance, and BatchNorm refuses it
         last = count >= stream.remaining
-        batch = self._take(stream, count)
+        batch = self.mixing(self._take(stream, count), self.epoch, self.sampler.position)
         self.controller.memory.track([batch.inputs, batch.targets])
-        lr = self._set_lr(len(batch))
+        lr = self.schedule.set(self.progress, len(batch))
         first = min(decision.batch, len(batch))
         graphs, captures = self.train_step.graphs, 0
         if graphs is not None:
@@ -311,6 +320,8 @@ class ACMDSTrainer:
         sizes = parts(len(batch), result.micro_batch)
         steady = not result.events and (graphs is None or graphs.captures == captures)
         self._clock.stop(sizes[0], len(sizes), steady=steady, replayed=graphs is not None and graphs.replayed)
+        if self.average is not None:  # after the step has gone through, so that there is nothing to undo
+            self.average.update_parameters(self.model, len(batch) / self.config.step_samples)
         self._unscored.append((batch.indices, result.value))
         if len(self._unscored) >= _SCORES_AHEAD:
             self._update_scores()
@@ -441,15 +452,6 @@ class ACMDSTrainer:
             headroom_bytes=self.controller.limits.headroom_bytes,
         )
 
-    def _set_lr(self, batch: int) -> float:
-        factor = schedule_factor(self.config, self.progress) if isinstance(self.config, TrainConfig) else 1.0
-        if self.config.batch_policy == "free" and self.config.lr_scaling != "none":
-            power = {"linear": 1.0, "sqrt": 0.5}[self.config.lr_scaling]
-            factor *= min(1.0, batch / self.config.max_batch_size) ** power
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = base * factor
-        return self._base_lrs[0] * factor
-
     def _where(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
 
@@ -492,46 +494,23 @@ class ACMDSTrainer:
             )
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """val_loss (mean cross-entropy) and val_accuracy (fraction) on the validation set; empty without one.
+    @property
+    def final_model(self) -> nn.Module:
+        """What is validated and exported: the running average of the weights under `ema_decay`, else the model."""
+        return self.average.module if self.average is not None else self.model
 
-        An out-of-memory error here halves the batch and starts over; nothing is lost, since nothing changes.
-        """
+    def evaluate(self) -> dict[str, float]:
+        """val_loss, val_accuracy and val_top5 of `final_model`, see `engine.evaluate`; empty without validation."""
         if self.val_source is None:
             return {}
-        batch = self.controller.batch_size
-        while True:
-            try:
-                with self.controller.memory.watch(), torch.no_grad():
-                    self.last_evaluation = self._evaluate(batch)
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                message = str(error).splitlines()[0]
-            if batch == 1:
-                raise OutOfMemoryForGoodError(f"out of memory: not one sample can be validated. {message}")
-            batch = max(1, batch // 2)
-            self.controller.memory.release_cache()
+        step = self.train_step
+        self.last_evaluation = evaluate(
+            self.final_model, lambda model, inputs: step.logits(inputs, model), step.loss.own, self.val_source,
+            self.controller,
+        )  # fmt: skip
         self.controller.begin_step()
         self._report(force=True)
         return self.last_evaluation
-
-    def _evaluate(self, batch_size: int) -> dict[str, float]:
-        assert self.val_source is not None
-        training = self.model.training
-        self.model.eval()
-        try:
-            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-            for batch in _in_batches(self.val_source, batch_size):
-                logits = self.train_step.logits(batch.inputs)
-                losses = self.train_step.loss_fn(logits, batch.targets)
-                right = (logits.argmax(dim=-1) == batch.targets).sum()
-                sums += torch.stack((losses.double().sum(), right.double()))
-            loss, right_count = (sums / len(self.val_source)).tolist()
-        finally:
-            self.model.train(training)
-        return {"val_loss": loss, "val_accuracy": right_count}
 
     def fit(self, on_epoch: Callable[[dict[str, float]], None] | None = None) -> None:
         """Train and validate until the configured end or `should_stop`; `on_epoch` is called after each epoch."""
@@ -539,6 +518,7 @@ class ACMDSTrainer:
             figures = self.train_epoch()
             if not self.should_stop():  # who asked to stop wants the checkpoint, not to wait for a validation
                 figures |= self.evaluate()
+                self.schedule.end_epoch(figures.get("val_loss", figures["epoch_loss"]))
             if on_epoch is not None:
                 on_epoch(figures)
 
@@ -550,7 +530,9 @@ class ACMDSTrainer:
         self._update_scores()
         return {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else {},
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "scaler": self.guard.scaler.state_dict() if self.guard.scaler is not None else {},
             "controller": self.controller.state_dict(),
             "scores": self.dataset.scores.state_dict(),
@@ -559,7 +541,6 @@ class ACMDSTrainer:
                 "epoch": self.epoch,
                 "step": self.step,
                 "seconds": self.seconds,
-                "base_lrs": self._base_lrs,
                 "last_evaluation": self.last_evaluation,
                 "last_epoch_loss": self.last_epoch_loss,
             },
@@ -581,7 +562,10 @@ class ACMDSTrainer:
             self.train_step.graphs.release()
         try:
             self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
             self.dataset.scores.load_state_dict(state["scores"])
             if self.guard.scaler is not None and state["scaler"]:
                 self.guard.scaler.load_state_dict(state["scaler"])
@@ -590,7 +574,6 @@ class ACMDSTrainer:
             self.recorder.load_state_dict(state["recorder"])
             trainer = state["trainer"]
             self.epoch, self.step, self.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
-            self._base_lrs = trainer["base_lrs"]
             self.last_evaluation = trainer["last_evaluation"]
             self.last_epoch_loss = trainer["last_epoch_loss"]
             torch.set_rng_state(state["rng"]["cpu"].cpu())
@@ -639,9 +622,3 @@ def _move_optimizer_state(optimizer: torch.optim.Optimizer, device: torch.device
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
                 state[name] = value.to(device)
-
-
-def _in_batches(source: DataSource, batch_size: int) -> Iterator[Batch]:
-    with source.stream(np.arange(len(source)), epoch=0) as stream:
-        while stream.remaining:
-            yield stream.take(batch_size)

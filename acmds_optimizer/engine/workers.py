@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from acmds_optimizer.engine.batches import DataSource, EpochStream
 from acmds_optimizer.engine.decode import Chunk, ChunkReader
-from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts
+from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
 from acmds_optimizer.zoo.items import known_targets, length
 
 
@@ -81,6 +81,8 @@ class WorkerStream(EpochStream):
         self._shifts: Shifts | None = None
         if augment and source.spec.crop == "pad":
             self._shifts = Shifts.draw(len(order), epoch, source.spec, source.device)
+        if augment and not source.spec.is_float:
+            self.cutouts = draw_cutouts(source.spec, len(order), epoch, source.device)
 
     def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         while self._buffered < stop:

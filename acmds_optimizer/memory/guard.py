@@ -128,8 +128,8 @@ class Guard:
 
     Args:
         model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
-        optimizer: a fused one with a single parameter group and no scaler is atomic and needs no copy; others are
-            copied just before they step, on the device, or on the host where the copy itself does not fit.
+        optimizer: a fused one whose state exists is atomic, without a scaler, and needs no copy; others are copied
+            just before they step, on the device, or on the host where the copy itself does not fit.
         controller: is asked for the next size, and told of every error.
         scaler: a GradScaler whose state belongs to the step.
         others: anything else with `state_dict`/`load_state_dict` that a step changes.
@@ -308,12 +308,14 @@ class Guard:
     def _atomic_step_counts(self) -> list[torch.Tensor] | None:
         """The step counts of an optimizer whose step allocates nothing, so that nothing else can be left half done.
 
-        That is a fused kernel over one group of parameters of one kind; None for any other.
+        That is a fused one over parameters of one kind; None for any other. With several groups it is several kernels,
+        but all that runs between the first and the last works in place: the step counts, and the kernels themselves,
+        whose code is loaded since `create_optimizer_state`.
         """
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        if len(groups) != 1 or not groups[0].get("fused") or self.scaler is not None:
+        if not all(group.get("fused") for group in groups) or self.scaler is not None:
             return None
-        parameters = [p for p in groups[0]["params"] if p.requires_grad]
+        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         if len({(p.device, p.dtype) for p in parameters}) != 1 or any(p not in state for p in parameters):
             return None
         return [step for p in parameters if isinstance(step := state[p].get("step"), torch.Tensor)]

@@ -1,0 +1,87 @@
+"""The validation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from acmds_optimizer.engine.batches import DataSource
+from acmds_optimizer.errors import OutOfMemoryForGoodError
+from acmds_optimizer.memory.controller import MemoryPressureController
+from acmds_optimizer.memory.guard import is_out_of_memory
+
+
+def evaluate(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    source: DataSource,
+    controller: MemoryPressureController,
+) -> dict[str, float]:
+    """val_loss (mean) and val_accuracy, val_top5 (fractions; the latter where there are more than 5 classes).
+
+    An out-of-memory error halves the batch and starts over; nothing is lost, since nothing changes.
+
+    Args:
+        model: put into evaluation mode meanwhile.
+        forward: (model, inputs) -> logits (B, C) float32.
+        loss_fn: (logits, targets (B,)) -> losses (B,), unreduced.
+        source: the validation set.
+        controller: its batch size is where to begin; its memory is watched.
+
+    Raises:
+        OutOfMemoryForGoodError: not even one sample fits.
+    """
+    batch = controller.batch_size
+    while True:
+        try:
+            with controller.memory.watch(), torch.no_grad():
+                return _evaluate(model, forward, loss_fn, source, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        if batch == 1:
+            raise OutOfMemoryForGoodError(f"out of memory: not one sample can be validated. {message}")
+        batch = max(1, batch // 2)
+        controller.memory.release_cache()
+
+
+def _evaluate(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    source: DataSource,
+    batch_size: int,
+) -> dict[str, float]:
+    from torchmetrics import MeanMetric, Metric  # takes two seconds, and not every run validates
+    from torchmetrics.classification import MulticlassAccuracy
+
+    metrics: dict[str, Metric] = {}
+    training = model.training
+    model.eval()
+    try:
+        with source.stream(np.arange(len(source)), epoch=0) as stream:
+            while stream.remaining:
+                batch = stream.take(batch_size)
+                logits = forward(model, batch.inputs)
+                if not metrics:
+                    classes = logits.shape[-1]
+                    # neither checks its input: a check would wait for the device
+                    metrics["val_loss"] = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+                    for name, k in (("val_accuracy", 1), ("val_top5", 5)):
+                        if k < classes:
+                            metrics[name] = MulticlassAccuracy(classes, top_k=k, average="micro", validate_args=False)
+                    for metric in metrics.values():
+                        metric.to(logits.device)
+                for name, metric in metrics.items():
+                    if name == "val_loss":
+                        metric.update(loss_fn(logits, batch.targets))
+                    else:
+                        metric.update(logits, batch.targets)
+    finally:
+        model.train(training)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
