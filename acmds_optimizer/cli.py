@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -26,6 +26,8 @@ EPILOG = """examples:
   acmds-train --config results/quickstart/best.json --epochs 20
   acmds-train --model resnet50 --dataset path/to/images --target-headroom-gb 4 --min-batch-size 8 --max-batch-size 32
   acmds-train --resume runs/my_run
+  acmds-train --evaluate runs/my_run/best.pt
+  acmds-train export runs/my_run/best.pt my_model.safetensors
 
 Flags override the file, the file overrides the defaults; `none` takes back what may be none. GB are 2**30 bytes."""
 
@@ -41,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="settings in JSON or YAML, such as a best.json of acmds-tune")
     parser.add_argument(
         "--resume", metavar="RUN", help="continue a run: its folder or checkpoint; settings are the run's unless given"
+    )
+    parser.add_argument(
+        "--evaluate", metavar="CKPT", help="only validate a checkpoint's weights; settings are its run's unless given"
     )
     parser.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress display; warnings only")
@@ -78,12 +83,9 @@ def _metavar(kind: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a run that failed, 2 for wrong usage, 130 when interrupted."""
-    parser = build_parser()
-    options = vars(parser.parse_args(argv))
-    own = {name: options.pop(name) for name in ("config", "resume", "log_file", "quiet")}
-    _set_up_logging(own["log_file"], quiet=own["quiet"])
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _train(own, options)
+        return VERBS[argv[0]](argv[1:]) if argv and argv[0] in VERBS else _train_or_evaluate(argv)
     except ACMDSError as error:
         print(f"acmds-train: {error}", file=sys.stderr)
         return error.exit_code
@@ -97,10 +99,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _train_or_evaluate(argv: Sequence[str]) -> int:
+    options = vars(build_parser().parse_args(argv))
+    own = {name: options.pop(name) for name in ("config", "resume", "evaluate", "log_file", "quiet")}
+    _set_up_logging(own["log_file"], quiet=own["quiet"])
+    return _evaluate(own, options) if own["evaluate"] else _train(own, options)
+
+
+def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:
+    from acmds_optimizer.engine import checkpoint
+    from acmds_optimizer.engine.run import evaluate_checkpoint
+
+    if own["resume"]:
+        raise ConfigError("command line", ["--evaluate does not train, so it cannot --resume"])
+    state = checkpoint.load(own["evaluate"])
+    config = load(own["config"], _without_none(flags), state["config"])
+    for name, value in evaluate_checkpoint(state, config).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="acmds-train export", description="Write a checkpoint's weights as safetensors, for use elsewhere."
+    )
+    parser.add_argument("checkpoint", help="a checkpoint such as runs/my_run/best.pt, or the folder of a run")
+    parser.add_argument("file", help="the file to write; must not exist")
+    options = parser.parse_args(argv)
+    from acmds_optimizer.engine.checkpoint import export_weights
+
+    for name, value in export_weights(Path(options.checkpoint), Path(options.file)).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"export": _export}
+"""What `acmds-train` does beside training, by its first word."""
+
+
 def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
     resume = Path(own["resume"]) if own["resume"] else None
     config, output_dir = _resolve(own["config"], resume, flags)
-    from acmds_optimizer.engine.run import CHECKPOINT, run_training  # torch loads here, after --help and typos
+    from acmds_optimizer.engine.checkpoint import NEWEST  # torch loads here, after --help and typos
+    from acmds_optimizer.engine.run import run_training
 
     stop = _StopOnSignal()
     with _Display(quiet=own["quiet"]) as display, stop:
@@ -116,10 +157,10 @@ def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
     for name, value in to_plain(outcome).items():
         print(f"{name}: {value}")
     if stop.asked and outcome.stopped_early:
-        kept = f"; continue with: acmds-train --resume {output_dir}" if (output_dir / CHECKPOINT).exists() else ""
+        kept = f"; continue with: acmds-train --resume {output_dir}" if (output_dir / NEWEST).exists() else ""
         print(f"acmds-train: interrupted after step {outcome.steps}{kept}", file=sys.stderr)
         return 130
-    kept = "records and checkpoint are" if (output_dir / CHECKPOINT).exists() else "the records are"
+    kept = "records and checkpoint are" if (output_dir / NEWEST).exists() else "the records are"
     print(f"acmds-train: done; {kept} in {output_dir}", file=sys.stderr)
     return 0
 
@@ -135,16 +176,20 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
             raise ConfigError("--resume", [f"{folder} holds no config.json, so it is not the folder of a run"])
         base = read_file(folder / "config.json")
         flags = {"output_dir": str(folder), **flags}
-    kinds = field_types()
-    flags = {
-        name: None if value == "none" and type(None) in get_args(kinds[name]) else value
-        for name, value in flags.items()
-    }
-    config = load(config_file, flags, base)
+    config = load(config_file, _without_none(flags), base)
     if config.output_dir is not None:
         return config, Path(config.output_dir)
     name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")
     return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _without_none(flags: dict[str, Any]) -> dict[str, Any]:
+    """The word none, where a setting may be none, as None."""
+    kinds = field_types()
+    return {
+        name: None if value == "none" and type(None) in get_args(kinds[name]) else value
+        for name, value in flags.items()
+    }
 
 
 class _StopOnSignal:

@@ -245,6 +245,18 @@ class TrainConfig(CurriculumConfig):
     checkpoint_every: Annotated[int, Ge(0)] = 1
     """Epochs between checkpoints; 0: none."""
 
+    checkpoint_every_steps: PositiveInt | None = None
+    """Also a checkpoint after every so many optimizer steps, in the middle of an epoch; none: at its end only."""
+
+    keep_checkpoints: PositiveInt = 1
+    """How many checkpoints to keep: the newest is checkpoint.pt, older ones have their step in the name."""
+
+    best_metric: Literal["val_accuracy", "val_loss"] = "val_accuracy"
+    """By which validation figure best.pt is kept, and early stopping decides."""
+
+    patience_epochs: PositiveInt | None = None
+    """Stop early after so many epochs without a better best_metric; none: never."""
+
 
 Config = TypeVar("Config", bound=CurriculumConfig)
 

@@ -268,7 +268,7 @@ def test_the_average_of_a_run_with_errors_is_that_of_a_run_without():
 
     memory.on_operation = strike
     struck.train_epoch()
-    assert struck.recorder.figures["oom_events"] >= 2
+    assert struck.recorder.figures["oom_events"] >= 1
     assert clean.average is not None
     assert struck.average is not None
     assert clean.average.n_averaged == struck.average.n_averaged == 6

@@ -1,8 +1,9 @@
-"""The validation loop."""
+"""The validation loop, and which epoch was the best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,48 @@ from acmds_optimizer.engine.batches import DataSource
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.guard import is_out_of_memory
+
+
+class Best:
+    """Which epoch's validation was the best so far.
+
+    Args:
+        metric: name of the figure; a loss is better lower, all else higher.
+        patience: epochs without a better one after which it is `exhausted`; None: never.
+    """
+
+    def __init__(self, metric: str = "val_accuracy", patience: int | None = None) -> None:
+        self.metric = metric
+        self.patience = patience
+        self.value: float | None = None
+        self.epoch: int | None = None
+        self.epochs_since = 0
+
+    def update(self, figures: Mapping[str, float], epoch: int) -> bool:
+        """Enter the figures of an epoch, by its number from 1; whether it is the best so far."""
+        value = figures.get(self.metric)
+        if value is None:
+            return False
+        sign = -1 if self.metric.endswith("loss") else 1
+        better = self.value is None or sign * value > sign * self.value
+        if better:
+            self.value, self.epoch, self.epochs_since = value, epoch, 0
+        else:
+            self.epochs_since += 1
+        return better
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is time to stop early."""
+        return self.patience is not None and self.epochs_since >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "value": self.value, "epoch": self.epoch, "epochs_since": self.epochs_since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; with another metric, from the start."""
+        if state["metric"] == self.metric:
+            self.value, self.epoch, self.epochs_since = state["value"], state["epoch"], state["epochs_since"]
 
 
 def evaluate(

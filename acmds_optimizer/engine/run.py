@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from acmds_optimizer import __version__
 from acmds_optimizer.config import TrainConfig, to_dict
@@ -22,14 +24,12 @@ from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
 from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
-from acmds_optimizer.errors import CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import open_memory
-from acmds_optimizer.zoo.datasets import build_data
+from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.models import build_model
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint.pt"
 
 
 def run_training(
@@ -64,9 +64,7 @@ def run_training(
     torch.manual_seed(config.seed)
     memory = open_memory(config.device, config.memory_limit_gb)
     bundle = build_data(config)
-    assert bundle.num_classes is not None  # build_data always knows it
-    size = bundle.image_shape[-1] if len(bundle.image_shape) == 3 else None
-    model = build_model(config.model, bundle.num_classes, in_channels=bundle.image_shape[0], image_size=size)
+    model = make_model(config, bundle)
     if memory.device.type == "cuda":
         torch.cuda.manual_seed(config.seed)
     optimizer = build_optimizer(model, config)
@@ -92,7 +90,7 @@ def run_training(
     try:
         trainer.on_progress = on_progress
         trainer.should_stop = should_stop or (lambda: False)
-        _train(trainer, config, output_dir)
+        _train(trainer, config, output_dir, describe_data(bundle))
         outcome = _outcome(trainer)
     except (OutOfMemoryForGoodError, DivergedError) as error:
         error.partial = _outcome(trainer)
@@ -105,25 +103,90 @@ def run_training(
     return outcome
 
 
-def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None) -> None:
+def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, data: dict[str, Any]) -> None:
     saved_epoch = trainer.epoch
+    keeps = output_dir is not None and config.checkpoint_every > 0
+    files = checkpoint.CheckpointFolder(output_dir, config.keep_checkpoints) if keeps and output_dir else None
+
+    def save(*, best: bool = False) -> None:
+        if files is not None:
+            files.save(trainer.state_dict() | {"data": data}, trainer.step, best=best)
+
+    def after_step() -> None:
+        if config.checkpoint_every_steps and trainer.step % config.checkpoint_every_steps == 0:
+            save()
 
     def after_epoch(figures: dict[str, float]) -> None:
         nonlocal saved_epoch
+        is_best = bool(figures.pop("is_best", False))
         trainer.recorder.scalars(trainer.step, figures)
-        words = [f"epoch {trainer.epoch}: loss {figures['epoch_loss']:.4f}"]
-        if "val_loss" in figures:
-            words.append(f"validation {figures['val_loss']:.4f}, accuracy {figures['val_accuracy']:.4f}")
-        words.append(f"{figures['samples_per_second']:,.0f} samples/s, batch {figures['batch_size']}")
-        if figures["oom_events"]:
-            words.append(f"{figures['oom_events']:.0f} OOM recovered")
-        logger.info(", ".join(words))
-        due = config.checkpoint_every and trainer.epoch - saved_epoch >= config.checkpoint_every
-        if output_dir is not None and (due or trainer.finished or trainer.should_stop()) and config.checkpoint_every:
-            trainer.save_checkpoint(output_dir / CHECKPOINT)
+        logger.info("epoch %d: %s", trainer.epoch, describe_epoch(figures, is_best=is_best))
+        due = trainer.epoch - saved_epoch >= config.checkpoint_every
+        if due or is_best or trainer.finished or trainer.should_stop():
+            save(best=is_best)
             saved_epoch = trainer.epoch
 
+    trainer.after_step = after_step
     trainer.fit(after_epoch)
+
+
+def describe_epoch(figures: Mapping[str, float], *, is_best: bool) -> str:
+    """The figures of an epoch in one line."""
+    words = [f"loss {figures['epoch_loss']:.4f}"]
+    if "val_loss" in figures:
+        words.append(f"validation {figures['val_loss']:.4f}, accuracy {figures['val_accuracy']:.4f}")
+        words[-1] += " (best)" if is_best else ""
+    words.append(f"{figures['samples_per_second']:,.0f} samples/s, batch {figures['batch_size']}")
+    if figures["oom_events"]:
+        words.append(f"{figures['oom_events']:.0f} OOM recovered")
+    return ", ".join(words)
+
+
+def describe_data(bundle: DataBundle) -> dict[str, Any]:
+    """What a checkpoint says of its data, as plain values: what one needs to use the weights elsewhere."""
+    return {
+        "num_classes": bundle.num_classes,
+        "class_names": bundle.class_names,
+        "image_shape": list(bundle.image_shape),
+        "mean": list(bundle.mean) if bundle.mean is not None else None,
+        "std": list(bundle.std) if bundle.std is not None else None,
+    }
+
+
+def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str, float]:
+    """Validate the weights in a checkpoint, the averaged ones if it has them, as the run that wrote it would.
+
+    Args:
+        state: what `checkpoint.load` gives.
+        config: all settings; model and data are to be those of the checkpoint.
+
+    Returns:
+        val_loss, val_accuracy and val_top5.
+
+    Raises:
+        ACMDSError: not a checkpoint of this model, or data without validation samples.
+    """
+    memory = open_memory(config.device, config.memory_limit_gb)
+    bundle = build_data(config)
+    if bundle.val is None:
+        raise DataError(f"{config.dataset}: nothing is held out for validation; give a val/ folder or --val-fraction")
+    model = make_model(config, bundle)
+    try:
+        model.load_state_dict(checkpoint.final_weights(state))
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit {config.model} on {config.dataset}: {error}") from None
+    with ACMDSTrainer(
+        model, bundle.train, build_optimizer(model, config), dataclasses.replace(config, ema_decay=None),
+        memory=memory, val_dataset=bundle.val, bundle=bundle,
+    ) as trainer:  # fmt: skip
+        return trainer.evaluate()
+
+
+def make_model(config: TrainConfig, bundle: DataBundle) -> nn.Module:
+    """The model that the configuration names, for this data."""
+    assert bundle.num_classes is not None  # build_data always knows it
+    size = bundle.image_shape[-1] if len(bundle.image_shape) == 3 else None
+    return build_model(config.model, bundle.num_classes, in_channels=bundle.image_shape[0], image_size=size)
 
 
 def _outcome(trainer: ACMDSTrainer) -> Outcome:
@@ -131,6 +194,8 @@ def _outcome(trainer: ACMDSTrainer) -> Outcome:
         train_loss=trainer.last_epoch_loss,
         val_loss=trainer.last_evaluation.get("val_loss"),
         val_accuracy=trainer.last_evaluation.get("val_accuracy"),
+        val_top5=trainer.last_evaluation.get("val_top5"),
+        best_epoch=trainer.best.epoch,
         epochs=trainer.epoch,
         seconds=trainer.seconds,
         stopped_early=not trainer.finished,
@@ -158,7 +223,7 @@ def _continues(resume: Path | None, folder: Path) -> bool:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CHECKPOINT, "config.json", "steps.csv"))
+    return any((folder / name).exists() for name in (checkpoint.NEWEST, "config.json", "steps.csv"))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

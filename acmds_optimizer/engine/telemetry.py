@@ -95,6 +95,10 @@ class Outcome:
     val_loss: float | None
     val_accuracy: float | None
     """Fraction in [0, 1]."""
+    val_top5: float | None
+    """Share of the validation samples whose class is among the five likeliest; None for up to 5 classes."""
+    best_epoch: int | None
+    """Number, from 1, of the epoch with the best best_metric; None without validation."""
     steps: int
     samples: int
     epochs: int
@@ -301,6 +305,8 @@ class Recorder:
             "train_loss": self.epoch_loss,
             "val_loss": None,
             "val_accuracy": None,
+            "val_top5": None,
+            "best_epoch": None,
             "steps": steps,
             "samples": int(self.figures["samples"]),
         }

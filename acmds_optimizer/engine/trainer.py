@@ -21,7 +21,7 @@ from acmds_optimizer.engine import checkpoint, probe
 from acmds_optimizer.engine.average import WeightAverage
 from acmds_optimizer.engine.batches import Batch, EpochStream
 from acmds_optimizer.engine.data import make_source
-from acmds_optimizer.engine.evaluate import evaluate
+from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
 from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
@@ -112,8 +112,14 @@ class ACMDSTrainer:
         """Training time so far, without validation and checkpoints."""
         self.last_epoch_loss: float | None = None
         self.last_evaluation: dict[str, float] = {}
+        self.unvalidated = False
+        """Whether an epoch has ended that is not validated yet."""
+        self.best = Best()
+        if isinstance(self.config, TrainConfig):
+            self.best = Best(self.config.best_metric, self.config.patience_epochs)
         self.should_stop: Callable[[], bool] = lambda: False
         self.on_progress: Callable[[Progress], None] | None = None
+        self.after_step: Callable[[], None] = lambda: None
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
         self._unscored: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -179,7 +185,7 @@ class ACMDSTrainer:
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.total_epochs or self.progress >= 1.0
+        return self.epoch >= self.total_epochs or self.progress >= 1.0 or self.best.exhausted
 
     @property
     def total_steps(self) -> int:
@@ -219,6 +225,7 @@ class ACMDSTrainer:
                 now = time.perf_counter()
                 self.seconds += now - clock
                 clock = now
+                self.after_step()
                 self._report()
         self._update_scores()
         if self.device.type == "cuda":
@@ -226,8 +233,14 @@ class ACMDSTrainer:
         if self.sampler.position >= self.sampler.num_samples:
             self.epoch += 1
             self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
-        loss = self.last_epoch_loss = self.recorder.end_epoch()
-        figures = self.recorder.figures
+            self.unvalidated = True
+        self.unvalidated |= self.progress >= 1.0
+        self.recorder.flush()
+        self.last_epoch_loss = self.recorder.end_epoch() if self.unvalidated else self.recorder.epoch_loss
+        return self._figures()
+
+    def _figures(self) -> dict[str, float]:
+        figures, loss = self.recorder.figures, self.last_epoch_loss
         return {
             "epoch_loss": loss if loss is not None else float("nan"),
             "samples": figures["samples"],
@@ -513,12 +526,19 @@ class ACMDSTrainer:
         return self.last_evaluation
 
     def fit(self, on_epoch: Callable[[dict[str, float]], None] | None = None) -> None:
-        """Train and validate until the configured end or `should_stop`; `on_epoch` is called after each epoch."""
-        while not self.finished and not self.should_stop():
-            figures = self.train_epoch()
-            if not self.should_stop():  # who asked to stop wants the checkpoint, not to wait for a validation
+        """Train and validate until the configured end or `should_stop`.
+
+        `on_epoch` is called after each epoch, and after one that `should_stop` cut off: `unvalidated` then, or in the
+        middle of it.
+        """
+        while not self.should_stop() and (self.unvalidated or not self.finished):
+            figures = self._figures() if self.unvalidated else self.train_epoch()
+            if self.unvalidated and not self.should_stop():
+                # who asked to stop wants the checkpoint, not to wait for a validation: a resumed run begins with it
                 figures |= self.evaluate()
+                self.unvalidated = False
                 self.schedule.end_epoch(figures.get("val_loss", figures["epoch_loss"]))
+                figures["is_best"] = self.best.update(figures, self.epoch)
             if on_epoch is not None:
                 on_epoch(figures)
 
@@ -542,6 +562,8 @@ class ACMDSTrainer:
                 "step": self.step,
                 "seconds": self.seconds,
                 "last_evaluation": self.last_evaluation,
+                "unvalidated": self.unvalidated,
+                "best": self.best.state_dict(),
                 "last_epoch_loss": self.last_epoch_loss,
             },
             "recorder": self.recorder.state_dict(),
@@ -565,6 +587,8 @@ class ACMDSTrainer:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
+            # it has put tensors of its own in place of those that the guard has made
+            self.controller.memory.track([list(values.values()) for values in self.optimizer.state.values()])
             self.schedule.load_state_dict(state["schedule"])
             self.dataset.scores.load_state_dict(state["scores"])
             if self.guard.scaler is not None and state["scaler"]:
@@ -575,6 +599,8 @@ class ACMDSTrainer:
             trainer = state["trainer"]
             self.epoch, self.step, self.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
             self.last_evaluation = trainer["last_evaluation"]
+            self.unvalidated = trainer["unvalidated"]
+            self.best.load_state_dict(trainer["best"])
             self.last_epoch_loss = trainer["last_epoch_loss"]
             torch.set_rng_state(state["rng"]["cpu"].cpu())
             if self.device.type == "cuda" and state["rng"]["cuda"] is not None:

@@ -1,0 +1,262 @@
+"""Which checkpoints are kept, what a run that is killed loses, and what can be made of a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acmds_optimizer import TrainConfig, cli, run_training
+from acmds_optimizer.engine import checkpoint
+from acmds_optimizer.engine.evaluate import Best
+from acmds_optimizer.engine.run import make_model
+from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_optimizer.zoo.datasets import build_data
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BITWISE: dict[str, Any] = {"knee_gain_fraction": 0.0, "seed": 3}
+"""The micro-batch must not follow the clock where two runs are to be equal to the last bit."""
+
+
+def config(**settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "model": "small_cnn", "dataset": "digits", "device": "cpu", "enable_amp": False, "max_batch_size": 128,
+        "target_headroom_gb": 0.1,
+    }  # fmt: skip
+    return TrainConfig(**(defaults | settings))
+
+
+def stop_after(steps: int) -> Any:
+    asked = itertools.count()
+    return lambda: next(asked) > steps
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in leaves(item, f"{path}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for key, item in enumerate(value) for k, v in leaves(item, f"{path}/{key}").items()}
+    return {path: value}
+
+
+CLOCK = ("/seconds", "_seconds", "_timed_", "/config/", "headroom", "reserved", "/controller/")
+"""What is of the clock, says which folder it was, or is a memory reading: that of a card shared with the process's
+own garbage, so equal to within a kilobyte only. The micro-batches chosen by it are compared.
+"""
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def assert_same_training(folder: Path, other: Path) -> None:
+    """Weights, optimizer, averages, scores, order, random numbers and figures are equal to the last bit."""
+    ours, theirs = (leaves(checkpoint.load(each)) for each in (folder, other))
+    different = [
+        name
+        for name in (ours | theirs)
+        if not any(word in name for word in CLOCK) and not same(ours.get(name), theirs.get(name))
+    ]
+    assert different == []
+    columns = ("step", "epoch", "samples_seen", "effective_batch", "micro_batch", "loss", "lr", "difficulty_mean")
+    rows = []
+    for each in (folder, other):
+        with (each / "steps.csv").open(encoding="utf-8") as file:
+            rows.append([[row[name] for name in columns] for row in csv.DictReader(file)])
+    assert rows[0] == rows[1]
+
+
+# --- which are kept
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    run_training(config(epochs=4, keep_checkpoints=2, max_batch_size=1024), output_dir=tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("*.pt"))
+    steps = [2 * epoch for epoch in range(1, 5)]
+    assert names == ["best.pt", "checkpoint.pt", f"checkpoint_{steps[2]:08}.pt", f"checkpoint_{steps[3]:08}.pt"]
+    assert checkpoint.load(tmp_path)["trainer"]["step"] == steps[3]
+    best = checkpoint.load(tmp_path / "best.pt")["trainer"]
+    assert best["best"]["epoch"] == best["epoch"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best", "stopped_after"),
+    [
+        ("val_accuracy", [0.5, 0.7, 0.7, 0.6, 0.9], 2, 4),
+        ("val_loss", [0.5, 0.7, 0.4, 0.6, 0.45, 0.3], 3, 5),
+        ("val_loss", [3.0, 2.0, 1.0], 3, None),
+    ],
+)
+def test_best_and_early_stopping_follow_the_metric(metric, values, best, stopped_after):
+    tracker = Best(metric, patience=2)
+    for epoch, value in enumerate(values, 1):
+        tracker.update({metric: value}, epoch)
+        if tracker.exhausted:
+            break
+    assert tracker.epoch == best
+    assert tracker.exhausted == (stopped_after is not None)
+    assert epoch == (stopped_after or len(values))
+
+
+def test_a_run_stops_early_and_says_that_it_is_done(tmp_path):
+    settings = config(epochs=50, patience_epochs=1, lr=1e-12, best_metric="val_accuracy")  # nothing is learned
+    outcome = run_training(settings, output_dir=tmp_path)
+    assert (outcome.epochs, outcome.best_epoch, outcome.stopped_early) == (2, 1, False)
+
+
+# --- what a stop loses
+
+
+def test_a_run_stopped_in_the_middle_of_epochs_equals_one_that_was_not(tmp_path):
+    settings = config(
+        **BITWISE, epochs=3, ema_decay=0.9, mixup_alpha=0.2, cutout_fraction=0.25, label_smoothing=0.1,
+        direction="easy", lr_schedule="plateau", lr_decay_epochs=0.5,
+    )  # fmt: skip
+    run_training(settings, output_dir=tmp_path / "whole")
+    parts = tmp_path / "parts"
+    resume = None
+    for steps in (5, 13, 14, 16):  # 13 steps an epoch: also right at its end, before it is validated
+        run_training(settings, output_dir=parts, resume=resume, should_stop=stop_after(steps))
+        resume = parts
+    run_training(settings, output_dir=parts, resume=parts)
+    assert_same_training(parts, tmp_path / "whole")
+
+
+def kill_and_resume(run: Path, settings: dict[str, Any], moments: list[float], number: signal.Signals) -> int:
+    """Train in processes that are killed so many seconds after the training began; how often that happened."""
+    flags = [item for key, value in settings.items() for item in (f"--{key.replace('_', '-')}", str(value))]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    killed = 0
+    for moment in [*moments, None]:
+        start = ["--resume", str(run)] if (run / "checkpoint.pt").exists() else ["--output-dir", str(run), *flags]
+        if not (run / "checkpoint.pt").exists() and run.exists():
+            for path in run.iterdir():  # killed before the first checkpoint: as a user would, start again
+                path.unlink()
+        before = (run / "checkpoint.pt").stat().st_mtime_ns if (run / "checkpoint.pt").exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, "-m", "acmds_optimizer.cli", "--quiet", "--no-enable-amp", *start],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        if moment is not None:
+            while process.poll() is None and not (
+                (run / "checkpoint.pt").exists() and (run / "checkpoint.pt").stat().st_mtime_ns > before
+            ):
+                time.sleep(0.01)
+            time.sleep(moment)
+            killed += process.poll() is None
+            process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+        assert "Traceback" not in error, error
+    assert process.returncode == 0
+    return killed
+
+
+KILLED: dict[str, Any] = {
+    "model": "small_cnn", "dataset": "digits", "device": "cpu", "max_batch_size": 128, "target_headroom_gb": 0.1,
+    "checkpoint_every_steps": 5, "ema_decay": 0.9, "cutmix_alpha": 1.0, **BITWISE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("number", "kills", "epochs"), [(signal.SIGKILL, 1, 6)])
+def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(number, kills, epochs, tmp_path):
+    """By hand: ACMDS_KILLS=10 pytest tests/test_checkpoints.py -k killed."""
+    kills = int(os.environ.get("ACMDS_KILLS", kills))
+    settings = KILLED | {"epochs": epochs * max(1, (kills + 1) // 2)}
+    moments = [random.Random(kills).uniform(0.0, 0.5) for _ in range(kills)]
+    happened = kill_and_resume(tmp_path / "killed", settings, moments, number)
+    run_training(config(**settings), output_dir=tmp_path / "whole")
+    assert_same_training(tmp_path / "killed", tmp_path / "whole")
+    assert happened >= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", "truncated", "foreign"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_nothing_is_written_over(content, tmp_path, capsys):
+    run_training(config(max_steps=2), output_dir=tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    if content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-2000] if content == "truncated" else content)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for arguments in (["--resume", str(tmp_path)], ["--evaluate", str(path)]):
+        assert cli.main([*arguments, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: " in error
+        assert "Traceback" not in error
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_save_left_behind_is_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.x1y2").write_bytes(b"half")
+    checkpoint.CheckpointFolder(tmp_path).save({"trainer": {}}, 3, best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt"]
+
+
+# --- what can be made of one
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run_training(config(epochs=2, ema_decay=0.9), output_dir=folder)
+    return folder
+
+
+def test_evaluate_prints_the_figures_of_the_run(run, capsys):
+    assert cli.main(["--evaluate", str(run), "--quiet"]) == 0
+    printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert float(printed["val_accuracy"]) == pytest.approx(outcome["val_accuracy"])
+    assert float(printed["val_loss"]) == pytest.approx(outcome["val_loss"], rel=1e-5)
+    assert float(printed["val_top5"]) == pytest.approx(outcome["val_top5"])
+    assert outcome["val_top5"] >= outcome["val_accuracy"] > 0.2
+
+
+def test_evaluate_refuses_another_model(run, capsys):
+    assert cli.main(["--evaluate", str(run), "--model", "resnet18", "--quiet"]) == 2
+    assert "does not fit resnet18" in capsys.readouterr().err
+
+
+def test_exported_weights_are_those_that_were_validated(run, tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    target = tmp_path / "weights.safetensors"
+    assert cli.main(["export", str(run), str(target)]) == 0
+    settings = config()
+    model = make_model(settings, build_data(settings))
+    model.load_state_dict(load_file(target))
+    averaged = checkpoint.final_weights(checkpoint.load(run))
+    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
+    with safe_open(target, "pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == [str(digit) for digit in range(10)]
+    capsys.readouterr()
+    before = target.read_bytes()
+    assert cli.main(["export", str(run), str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+def test_an_export_without_the_package_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ConfigError, match=r"pip install 'acmds\[export\]'"):
+        checkpoint.export_weights(run, tmp_path / "w.safetensors")
+
+
+def test_an_export_that_cannot_be_written_says_so(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ACMDSError, match="cannot be written"):
+        checkpoint.export_weights(run, tmp_path / "file" / "w.safetensors")
