@@ -78,14 +78,19 @@ class CurriculumConfig:
     """Share of the old value in the averaged error that growth is judged by; shrinking uses the raw error."""
 
     # --- curriculum
-    direction: Literal["none", "easy", "hard", "random"] = "none"
-    """Which samples come first: none is plain shuffling; random is the control arm with the same paced counts."""
+    direction: Literal["none", "easy", "hard", "random", "matched", "auto"] = "none"
+    """Which samples come first: none is plain shuffling; auto is that with the noise gate. Controls: random has the
+    paced counts without the scores, matched is a shuffle of as many samples."""
+
+    scoring: str = "loss"
+    """What makes a sample hard: loss, margin, entropy, el2n, forgetting, a file of difficulties in [0, 1] (.npy, .csv,
+    .txt), or `package.module:callable`."""
 
     pacing: Literal["none", "linear", "root", "quadratic", "exponential", "logarithmic", "step"] = "linear"
-    """How the admitted share of the samples grows with progress; used unless direction is none."""
+    """How the admitted share grows with progress; used with the directions easy, hard, random and matched."""
 
     start_fraction: Annotated[float, Gt(0.0), Le(1.0)] = 0.5
-    """Share of the samples admitted at the start."""
+    """Share of the samples admitted at the start; used with the directions easy, hard, random and matched."""
 
     pacing_end_fraction: Annotated[float, Gt(0.0), Le(1.0)] = 0.7
     """Share of the training after which every sample is admitted."""
@@ -95,6 +100,17 @@ class CurriculumConfig:
 
     curriculum_alpha: Annotated[float, Gt(0.0), Le(1.0)] = 0.05
     """Share of the new loss in a sample's moving average. Larger: scores follow the model faster, and are noisier."""
+
+    noise_rate: Literal["auto"] | Annotated[float, Ge(0.0), Le(0.5)] = 0.0
+    """Samples to leave out as mislabelled: 0 none; auto those whose losses split off clearly, if any; or a share of
+    the samples, the highest losses."""
+
+    start_resolution: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
+    """Height and width of the images at the start as a share of the full size; 1: full size throughout. The last 30 %
+    of the training and every validation are at full size."""
+
+    resolution_stages: PositiveInt = 4
+    """Sizes from start_resolution to the full one; used where start_resolution is below 1."""
 
     difficulty_window: PositiveInt = 1000
     """Most recent samples over which the logged mean difficulty is taken."""
@@ -132,6 +148,11 @@ class CurriculumConfig:
         if self.min_batch_size > self.max_batch_size:
             raise ValueError(f"min_batch_size {self.min_batch_size} is above max_batch_size {self.max_batch_size}")
         return self
+
+    @property
+    def gate_rate(self) -> Literal["auto"] | float:
+        """What the noise gate is to flag; 0: there is no gate."""
+        return "auto" if self.direction == "auto" and self.noise_rate == 0 else self.noise_rate
 
     @property
     def step_samples(self) -> int:

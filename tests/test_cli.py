@@ -24,7 +24,11 @@ CPU += ["--target-headroom-gb", "0.2"]
 def resolve(*arguments: str) -> TrainConfig:
     """The configuration that a command line leads to."""
     options = vars(cli.build_parser().parse_args(arguments))
-    flags = {name: value for name, value in options.items() if name not in ("config", "resume", "evaluate", "log_file", "quiet")}
+    flags = {
+        name: value
+        for name, value in options.items()
+        if name not in ("config", "resume", "evaluate", "log_file", "quiet")
+    }
     return cli._resolve(options["config"], None, flags)[0]
 
 

@@ -13,7 +13,7 @@ from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
 from acmds_optimizer.curriculum.difficulty import ScoreStore
 from acmds_optimizer.curriculum.pacing import PACING, admitted_share
-from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler, plan_epoch
+from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler, plan_epoch, shard
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 
@@ -109,7 +109,7 @@ def test_every_sample_is_admitted_from_the_end_of_the_pacing_on():
 # --- order
 
 
-@pytest.mark.parametrize(("direction", "share"), [("none", 0.3), ("easy", 1.0), ("hard", 1.0)])
+@pytest.mark.parametrize(("direction", "share"), [("none", 0.3), ("auto", 0.3), ("easy", 1.0), ("hard", 1.0)])
 def test_without_a_curriculum_the_order_is_the_seeded_shuffle_bit_for_bit(direction, share):
     config = CurriculumConfig(direction=direction, seed=5)
     plan = plan_epoch(np.linspace(0, 1, 50), 7, share, config)
@@ -150,6 +150,34 @@ def test_the_weighted_sum_over_draws_is_the_full_one():
         ]
     )
     assert total == pytest.approx(values.sum(), rel=0.03)
+
+
+def test_a_matched_shuffle_feeds_as_many_samples_as_the_curriculum_with_weight_one():
+    scores = np.linspace(0, 1, 100)
+    plan = plan_epoch(scores, 4, 0.4, CurriculumConfig(direction="matched", coverage_epochs=3, seed=2))
+    # 40 admitted, a third of the other 60
+    assert plan.order.tolist() == np.random.default_rng((2, 4)).permutation(100)[:60].tolist()
+    assert (plan.weights == 1).all()
+
+
+def test_flagged_samples_ride_along_at_weight_0_and_the_others_keep_the_sum():
+    flagged = np.zeros(10, dtype=bool)
+    flagged[[2, 7]] = True
+    plan = plan_epoch(np.zeros(10), 3, 1.0, CurriculumConfig(seed=1), flagged)
+    assert plan.order.tolist() == np.random.default_rng((1, 3)).permutation(10).tolist()
+    weights = dict(zip(plan.order.tolist(), plan.weights.tolist(), strict=True))
+    assert weights == {index: 0.0 if index in (2, 7) else 1.25 for index in range(10)}
+
+
+@pytest.mark.parametrize("count", [12, 13, 3])
+def test_ranks_together_feed_each_sample_once_in_the_order_of_one_process(count):
+    plan = plan_epoch(np.zeros(count), 0, 1.0, CurriculumConfig())
+    parts = [shard(plan, rank, 4) for rank in range(4)]
+    assert {len(part.order) for part in parts} == {math.ceil(count / 4)}, "no rank waits for another"
+    counted = [int(part.order[step]) for step in range(len(parts[0].order)) for part in parts if part.weights[step] > 0]
+    assert counted == plan.order.tolist()
+    with pytest.raises(ValueError, match="rank 4 is not in a world of 4"):
+        shard(plan, 4, 4)
 
 
 # --- the batch sampler

@@ -381,7 +381,7 @@ def test_a_run_stopped_and_resumed_equals_one_that_was_not(tmp_path, stop_at):
     resumed = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
     for name, value in whole["model"].items():
         assert torch.equal(value, resumed["model"][name]), name
-    assert torch.equal(whole["scores"]["average"], resumed["scores"]["average"])
+    assert torch.equal(whole["feedback"]["scores"]["average"], resumed["feedback"]["scores"]["average"])
     with (tmp_path / "parts" / "steps.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(52))

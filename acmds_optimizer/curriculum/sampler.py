@@ -28,27 +28,49 @@ class EpochPlan:
     """(m,) one over the probability that the sample was included, so that the expected gradient sum is the full one."""
 
 
-def plan_epoch(difficulty: NDArray[np.floating[Any]], epoch: int, share: float, config: CurriculumConfig) -> EpochPlan:
+def plan_epoch(
+    difficulty: NDArray[np.floating[Any]],
+    epoch: int,
+    share: float,
+    config: CurriculumConfig,
+    flagged: NDArray[np.bool_] | None = None,
+) -> EpochPlan:
     """Draw the samples of one epoch without replacement.
 
     The `share` of the samples that comes first in `config.direction` is fed in full. Of the others, one of
     `coverage_epochs` fixed random groups takes part in turn, with that weight: each of them is included with
-    probability 1 / coverage_epochs, and none is unseen for that many epochs.
+    probability 1 / coverage_epochs, and none is unseen for that many epochs. The direction `matched` instead takes as
+    many samples as that, those that the shuffle puts first, with weight 1.
 
     Args:
         difficulty: (n,) scores in [0, 1].
         epoch: number of the epoch, from 0.
         share: admitted share in (0, 1].
         config: direction, coverage_epochs and seed are used.
+        flagged: (n,) samples that are fed with weight 0, so that their scores stay fresh; the weights of the others
+            grow to the same sum. None: none.
 
     Returns:
-        The plan. With direction none, or a share of 1, it is the plain shuffle of that seed and epoch.
+        The plan. With direction none or auto, or a share of 1, its order is the plain shuffle of that seed and epoch.
     """
+    plan = _paced(difficulty, epoch, share, config)
+    if flagged is None or not flagged.any():
+        return plan
+    kept = np.where(flagged[plan.order], np.float32(0.0), plan.weights)
+    total = float(kept.sum(dtype=np.float64))
+    scale = float(plan.weights.sum(dtype=np.float64)) / total if total else 0.0
+    return EpochPlan(plan.order, (kept * scale).astype(np.float32))
+
+
+def _paced(difficulty: NDArray[np.floating[Any]], epoch: int, share: float, config: CurriculumConfig) -> EpochPlan:
     size = len(difficulty)
     order = np.random.default_rng((config.seed, epoch)).permutation(size)
     admitted = min(size, math.ceil(share * size))
-    if config.direction == "none" or admitted == size:
+    if config.direction in ("none", "auto") or admitted == size:
         return EpochPlan(order, np.ones(size, dtype=np.float32))
+    if config.direction == "matched":
+        count = admitted + round((size - admitted) / config.coverage_epochs)
+        return EpochPlan(order[:count], np.ones(count, dtype=np.float32))
     if config.direction == "random":
         ranked = np.random.default_rng((config.seed, epoch, 1)).permutation(size)
     else:
@@ -60,6 +82,29 @@ def plan_epoch(difficulty: NDArray[np.floating[Any]], epoch: int, share: float, 
     weights[ranked[:admitted]] = 1.0
     kept = order[weights[order] > 0]
     return EpochPlan(kept, weights[kept].astype(np.float32))
+
+
+def shard(plan: EpochPlan, rank: int, world_size: int) -> EpochPlan:
+    """The part of an epoch that one of several processes feeds.
+
+    Step by step the ranks together feed what one process with the `world_size`-fold batch would. All parts are of one
+    length, so that no rank waits for another for ever: where the samples do not divide, the last ranks feed a sample
+    more with weight 0.
+
+    Args:
+        plan: of the whole epoch, the same on every rank.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: `rank` is not one of them.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in a world of {world_size}")
+    lacking = -len(plan.order) % world_size
+    order = np.concatenate((plan.order, plan.order[:lacking]))
+    weights = np.concatenate((plan.weights, np.zeros(lacking, dtype=np.float32)))
+    return EpochPlan(order[rank::world_size], weights[rank::world_size])
 
 
 class AdaptiveCurriculumSampler(Sampler[list[int]]):
@@ -89,6 +134,8 @@ class AdaptiveCurriculumSampler(Sampler[list[int]]):
         self.total_epochs = total_epochs
         self.position = 0
         """Samples of this epoch that have been handed out."""
+        self.flagged: NDArray[np.bool_] | None = None
+        """(n,) samples that the next planned epochs feed with weight 0; None: none."""
         self._resumed = False
         self.set_epoch(0)
 
@@ -105,7 +152,7 @@ class AdaptiveCurriculumSampler(Sampler[list[int]]):
             self.config.pacing, self.progress, self.config.start_fraction, self.config.pacing_end_fraction
         )
         difficulty = self.dataset.difficulty_scores.cpu().numpy()
-        self.plan = plan_epoch(difficulty, epoch, self.share, self.config)
+        self.plan = plan_epoch(difficulty, epoch, self.share, self.config, self.flagged)
         self.position = 0
 
     @property

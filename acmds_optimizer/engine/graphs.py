@@ -192,6 +192,12 @@ class GraphedMicroBatches:
         self._optimizer_uses = 0
         self.replayed = False
 
+    def forget(self) -> None:
+        """Drop all graphs, and what was timed: inputs have another shape, or cost another time, from now on."""
+        self.release()
+        self._seconds.clear()
+        self._not_faster.clear()
+
     def _is_due(self, size: int) -> bool:
         if self.off_reason or size in self._not_faster or self._uses[size] <= _EAGER_FIRST:
             return False

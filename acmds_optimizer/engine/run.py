@@ -20,6 +20,7 @@ from torch import nn
 from acmds_optimizer import __version__
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.engine import checkpoint
+from acmds_optimizer.engine.flagged import TABLE, write_flagged
 from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
@@ -128,6 +129,10 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
 
     trainer.after_step = after_step
     trainer.fit(after_epoch)
+    gate = trainer.feedback.gate
+    if output_dir is not None and gate is not None and gate.flagged.any():
+        write_flagged(output_dir, trainer.dataset.base_dataset, gate, data["class_names"])
+        logger.info("%d samples are flagged as mislabelled: see %s", gate.flagged.sum(), output_dir / TABLE)
 
 
 def describe_epoch(figures: Mapping[str, float], *, is_best: bool) -> str:

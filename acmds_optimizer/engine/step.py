@@ -39,6 +39,7 @@ class TrainStep:
         channels_last: whether 4-d inputs are converted to NHWC.
         cuda_graphs: whether steps are replayed as graphs; auto: where that is 5 % faster.
         compiled: whether the model is compiled, once for each micro-batch size.
+        keep_logits: whether the logits come back beside the losses, for what the curriculum makes of them.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class TrainStep:
         channels_last: bool = False,
         cuda_graphs: bool | Literal["auto"] = False,
         compiled: bool = False,
+        keep_logits: bool = False,
     ) -> None:
         self.model = model
+        self.keep_logits = keep_logits
         self._run: Callable[[Tensor], Any] = model
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
@@ -66,7 +69,7 @@ class TrainStep:
             guard.zero_grad = self.graphs.zero_grad
 
     def __call__(self, batch: Batch, micro_batch: int) -> Tensor:
-        """Run the step; losses (n,) float32 of its samples (unsmoothed), detached, in their order.
+        """Run the step; losses (n,) float32 of its samples (unsmoothed), detached, in their order; see `backward`.
 
         The gradient is that of sum(weight * loss) / n over the whole batch, whatever the micro-batch is.
         """
@@ -92,13 +95,18 @@ class TrainStep:
         return self.backward(part.inputs, part.targets, part.weights / total, part.soft)
 
     def backward(self, inputs: Tensor, targets: Tensor, shares: Tensor, soft: Tensor | None = None) -> Tensor:
-        """Add the gradient of sum(shares * loss), shares (B,); unreduced, unsmoothed losses (B,), detached."""
-        minimised, losses = self.loss(self.logits(inputs), targets, soft)
+        """Add the gradient of sum(shares * loss), shares (B,).
+
+        Returns:
+            The unreduced, unsmoothed losses (B,), detached; with `keep_logits` (B, 1 + C): losses, then logits.
+        """
+        logits = self.logits(inputs)
+        minimised, losses = self.loss(logits, targets, soft)
         weighted = (minimised * shares).sum()
         if self.guard.scaler is not None:
             weighted = self.guard.scaler.scale(weighted)
         weighted.backward()
-        return losses
+        return torch.cat((losses[:, None], logits.detach()), dim=1) if self.keep_logits else losses
 
     def logits(self, inputs: Tensor, model: nn.Module | None = None) -> Tensor:
         """The outputs (B, C) of the model (or of `model`), in float32 where it computed in half precision.

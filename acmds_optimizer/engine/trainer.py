@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from torch.utils.data import Dataset
 
 from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig, to_dict
 from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
+from acmds_optimizer.curriculum.feedback import Feedback
+from acmds_optimizer.curriculum.resolution import Stages
 from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler
 from acmds_optimizer.engine import checkpoint, probe
 from acmds_optimizer.engine.average import WeightAverage
@@ -28,7 +31,7 @@ from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.schedule import LearningRate
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
-from acmds_optimizer.errors import CheckpointError, DataError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice
 from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
@@ -41,6 +44,7 @@ _NEIGHBOUR_SHARE = 0.03
 _REHEARSALS = 12
 _LAST_LEAP = 4
 _SCORES_AHEAD = 64
+_NUMBERS_AHEAD = 2**20
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class ACMDSTrainer:
         self.device = self.controller.device
         self.recorder = recorder or Recorder(None, self.config.difficulty_window)
         base = dataset.base_dataset if isinstance(dataset, DifficultyAwareDataset) else dataset
-        self._set_up_model(model, optimizer, loss_fn, (bundle or describe(base)).image_shape)
+        shape = (bundle or describe(base)).image_shape
+        self.stages = Stages.from_config(self.config, shape)
+        self._set_up_model(model, optimizer, loss_fn, shape)
         self._set_up_data(dataset, val_dataset, bundle)
         self.epoch = 0
         self.step = 0
@@ -122,7 +128,8 @@ class ACMDSTrainer:
         self.after_step: Callable[[], None] = lambda: None
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
-        self._unscored: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._unscored: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
+        self._stage = -1
 
     def _set_up_model(
         self,
@@ -160,8 +167,9 @@ class ACMDSTrainer:
             self.dataset = dataset
         else:
             self.dataset = DifficultyAwareDataset(dataset, alpha=self.config.curriculum_alpha)
-        self.dataset.scores.to(self.device)
         self._num_classes = bundle.num_classes if bundle is not None else None
+        self.feedback = Feedback(self.dataset.scores, self.config, self.device, self._num_classes)
+        self.train_step.keep_logits = self.feedback.needs_logits
         self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
         self.source = make_source(self.dataset.base_dataset, bundle, self.config, self.device, train=True)
         self.val_source = make_source(val, bundle, self.config, self.device, train=False) if val is not None else None
@@ -232,6 +240,7 @@ class ACMDSTrainer:
             torch.cuda.synchronize(self.device)
         if self.sampler.position >= self.sampler.num_samples:
             self.epoch += 1
+            self._judge_noise()
             self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
             self.unvalidated = True
         self.unvalidated |= self.progress >= 1.0
@@ -255,13 +264,13 @@ class ACMDSTrainer:
 
         So the first real step is taken at a size that is known to fit, and accumulation does not crawl until then.
         """
-        plan, failed, last = self.sampler.plan, 0, 0
+        plan, failed, last, work = self.sampler.plan, 0, 0, self._enter_stage()
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
-            batch = self.mixing(stream.take(self.controller.limits.buckets[-1]), self.epoch, 0)
+            batch = self._sized(self.mixing(stream.take(self.controller.limits.buckets[-1]), self.epoch, 0))
         self.controller.memory.track([batch.inputs, batch.targets])
         self._check_outputs(batch)
         for _ in range(_REHEARSALS):
-            size = min(self.controller.decide(rehearsal=True).batch, len(batch))
+            size = min(self.controller.decide(work, rehearsal=True).batch, len(batch))
             if size == last:
                 break
             # two sizes tell enough for a last leap, whose time the first real steps will tell
@@ -270,7 +279,9 @@ class ACMDSTrainer:
             for repeat in range(1 if leap else 1 + self.controller.state.times.needed):
                 began = time.perf_counter()
                 self._clock.start()
-                event = self.guard.rehearse(lambda micro: self.train_step.rehearse(batch, micro), size, failed)
+                event = self.guard.rehearse(
+                    lambda micro: self.train_step.rehearse(batch, micro), size, failed, sample_work=work
+                )
                 if event is not None:
                     failed += 1
                     self.recorder.out_of_memory(event, self._where(), recovered=True)
@@ -278,7 +289,7 @@ class ACMDSTrainer:
                 self._clock.stop(size, 1, steady=repeat > 0)
                 if self.train_step.graphs is not None:
                     self.train_step.graphs.note_launch(time.perf_counter() - began)
-                self.controller.observe(size)
+                self.controller.observe(size, sample_work=work)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             for timed, seconds, _ in self._clock.timings():
@@ -289,12 +300,22 @@ class ACMDSTrainer:
 
     def _check_outputs(self, batch: Batch) -> None:
         """On CUDA a label without an output is an assertion in a kernel, after which the process is of no use."""
-        if self._num_classes is None:
+        if self._num_classes is None and self.stages is None:
             return
         self.model.eval()
-        with torch.no_grad():
-            outputs = self.train_step.logits(batch.inputs[:1])
-        self.model.train()
+        try:
+            with torch.no_grad():
+                outputs = self.train_step.logits(batch.inputs[:1])
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if self.stages is None or is_out_of_memory(error):
+                raise
+            size = "x".join(str(side) for side in batch.inputs.shape[2:])
+            message = f"the model cannot take images of {size} px ({error}); leave start_resolution at 1"
+            raise ConfigError("start_resolution", [message]) from error
+        finally:
+            self.model.train()
+        if self._num_classes is None:
+            return
         if outputs.shape[-1] < self._num_classes:
             raise DataError(
                 f"the model has {outputs.shape[-1]} outputs for {self._num_classes} classes; "
@@ -303,20 +324,21 @@ class ACMDSTrainer:
 
     def _one_step(self, stream: EpochStream, began: float) -> None:
         before = self.controller.reading
-        decision = self.controller.decide()
+        work = self._enter_stage()
+        decision = self.controller.decide(work)
         hold = self.config.batch_policy == "hold"
         count = self.config.step_samples if hold else decision.batch
         if stream.remaining == count + 1:
             count += 1  # a batch of one sample has no variance, and BatchNorm refuses it
         last = count >= stream.remaining
-        batch = self.mixing(self._take(stream, count), self.epoch, self.sampler.position)
+        batch = self._sized(self.mixing(self._take(stream, count), self.epoch, self.sampler.position))
         self.controller.memory.track([batch.inputs, batch.targets])
         lr = self.schedule.set(self.progress, len(batch))
         first = min(decision.batch, len(batch))
         graphs, captures = self.train_step.graphs, 0
         if graphs is not None:
             captures = graphs.captures
-            first = self._make_room(graphs, decision, first, odd=last and len(batch) % count != 0)
+            first = self._make_room(graphs, decision, first, work, odd=last and len(batch) % count != 0)
         self._clock.start()
 
         def attempt(micro_batch: int) -> torch.Tensor:
@@ -325,7 +347,7 @@ class ACMDSTrainer:
             return self.train_step(batch, micro_batch)
 
         try:
-            result = self.guard.run(attempt, first)
+            result = self.guard.run(attempt, first, sample_work=work)
         except OutOfMemoryForGoodError as error:
             for event in error.events:
                 self.recorder.out_of_memory(event, self._where(), recovered=False)
@@ -335,12 +357,13 @@ class ACMDSTrainer:
         self._clock.stop(sizes[0], len(sizes), steady=steady, replayed=graphs is not None and graphs.replayed)
         if self.average is not None:  # after the step has gone through, so that there is nothing to undo
             self.average.update_parameters(self.model, len(batch) / self.config.step_samples)
-        self._unscored.append((batch.indices, result.value))
-        if len(self._unscored) >= _SCORES_AHEAD:
+        self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
+        if len(self._unscored) >= _SCORES_AHEAD or len(self._unscored) * result.value.numel() >= _NUMBERS_AHEAD:
             self._update_scores()
+        result = dataclasses.replace(result, value=self.feedback.losses(result.value))
         self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
         self.sampler.position += len(batch)
-        self._observe(decision, batch, result, sizes, before.budget_bytes, before.alloc_retries, lr, began)
+        self._observe(decision, batch, result, sizes, work, before.budget_bytes, before.alloc_retries, lr, began)
         self.step += 1
 
     def _take(self, stream: EpochStream, count: int) -> Batch:
@@ -368,9 +391,41 @@ class ACMDSTrainer:
     def _update_scores(self) -> None:
         """Enter the losses of the last steps; together, since a dozen small kernels a step cost as much as a graph."""
         if self._unscored:
-            indices, losses = zip(*self._unscored, strict=True)
+            indices, targets, outcomes = zip(*self._unscored, strict=True)
             self._unscored.clear()
-            self.dataset.scores.update(torch.cat(indices), torch.cat(losses))
+            labels = torch.cat(targets) if self.feedback.needs_logits else None
+            self.feedback.update(torch.cat(indices), labels, torch.cat(outcomes), self.epoch)
+
+    def _judge_noise(self) -> None:
+        if self.feedback.end_epoch(self.progress):
+            assert self.feedback.flagged is not None
+            count = int(self.feedback.flagged.sum())
+            message = f"the noise gate is on: {count} of {len(self.dataset)} samples count nothing for now"
+            logger.info("epoch %d: %s", self.epoch, message)
+            self._event("noise_gate", self.controller.reading.peak_allocated_bytes, message)
+        self.sampler.flagged = self.feedback.flagged
+
+    def _enter_stage(self) -> float:
+        """The pixels of a sample relative to full size, at the resolution that is due now."""
+        if self.stages is None:
+            return 1.0
+        stage = self.stages.number(self.progress)
+        if stage != self._stage:
+            self._stage = stage
+            if self.train_step.graphs is not None:
+                self.train_step.graphs.forget()
+                self.controller.memory.release_cache()
+            self.controller.forget_times()
+            height, width = self.stages.sizes[stage]
+            message = f"images have {height}x{width} px from now on"
+            logger.info("step %d: %s", self.step, message)
+            self._event("resolution", self.controller.reading.peak_allocated_bytes, message)
+        return self.stages.work(stage)
+
+    def _sized(self, batch: Batch) -> Batch:
+        if self.stages is None:
+            return batch
+        return dataclasses.replace(batch, inputs=self.stages.resize(batch.inputs, self._stage))
 
     def _wants_graphs(self) -> bool | Literal["auto"]:
         wanted = self.config.enable_cuda_graphs
@@ -383,7 +438,7 @@ class ACMDSTrainer:
             logger.warning("CUDA graphs: %s; training without", reason)
         return False if reason else wanted
 
-    def _make_room(self, graphs: GraphedMicroBatches, decision: Decision, first: int, *, odd: bool) -> int:
+    def _make_room(self, graphs: GraphedMicroBatches, decision: Decision, first: int, work: float, *, odd: bool) -> int:
         """Drop the graphs' pool where it is in the way; the micro-batch for what runs eagerly beside it.
 
         A pool is as large as its largest graph; where memory is what makes the size fall, and where another, larger one
@@ -395,7 +450,7 @@ class ACMDSTrainer:
             self._drop_graphs_above(0)
         if not odd or not graphs.largest:
             return first
-        room = self.controller.state.peaks.work_within(decision.target_bytes - graphs.pool_bytes)
+        room = self.controller.state.peaks.work_within(decision.target_bytes - graphs.pool_bytes) / work
         if room < 1.0:
             self._drop_graphs_above(0)
             return first
@@ -414,6 +469,7 @@ class ACMDSTrainer:
         batch: Batch,
         result: GuardedResult[torch.Tensor],
         sizes: list[int],
+        work: float,
         budget_before: int,
         retries_before: int,
         lr: float,
@@ -422,7 +478,8 @@ class ACMDSTrainer:
         for event in result.events:
             self.recorder.out_of_memory(event, self._where(), recovered=True)
         graphs, releases = self.train_step.graphs, self.controller.releases
-        reading = self.controller.observe(sizes[0], peak_bytes=graphs.peak_bytes(sizes[0]) if graphs else None)
+        peak_bytes = graphs.peak_bytes(sizes[0]) if graphs else None
+        reading = self.controller.observe(sizes[0], sample_work=work, peak_bytes=peak_bytes)
         for size, seconds, replayed in self._clock.timings():
             self.controller.time(size, seconds)
             if graphs is not None:
@@ -555,7 +612,7 @@ class ACMDSTrainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.guard.scaler.state_dict() if self.guard.scaler is not None else {},
             "controller": self.controller.state_dict(),
-            "scores": self.dataset.scores.state_dict(),
+            "feedback": self.feedback.state_dict(),
             "sampler": self.sampler.state_dict(),
             "trainer": {
                 "epoch": self.epoch,
@@ -590,7 +647,8 @@ class ACMDSTrainer:
             # it has put tensors of its own in place of those that the guard has made
             self.controller.memory.track([list(values.values()) for values in self.optimizer.state.values()])
             self.schedule.load_state_dict(state["schedule"])
-            self.dataset.scores.load_state_dict(state["scores"])
+            self.feedback.load_state_dict(state["feedback"])
+            self.sampler.flagged = self.feedback.flagged
             if self.guard.scaler is not None and state["scaler"]:
                 self.guard.scaler.load_state_dict(state["scaler"])
             self.controller.load_state_dict(state["controller"])

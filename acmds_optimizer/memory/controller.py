@@ -166,6 +166,11 @@ class MemoryPressureController:
         """Learn the seconds of one micro-batch of `batch` samples; apart from `observe`, since a GPU tells it later."""
         self.state = law.time(self.state, batch, seconds, self.limits)
 
+    def forget_times(self) -> None:
+        """Drop all timings, and the knee found from them: samples take another time from now on."""
+        times = TimeModel(needed=self.state.times.needed)
+        self.state = dataclasses.replace(self.state, times=times, knee_batch=0)
+
     def out_of_memory(
         self, batch: int, shortage_bytes: int = 0, attempt: int = 1, *, sample_work: float = 1.0
     ) -> law.Decision:

@@ -192,13 +192,16 @@ class Guard:
             self._check_tries(events)
             micro_batch = events[-1].next_micro_batch
 
-    def rehearse(self, attempt: Callable[[int], Any], micro_batch: int, failed: int = 0) -> OutOfMemoryEvent | None:
+    def rehearse(
+        self, attempt: Callable[[int], Any], micro_batch: int, failed: int = 0, *, sample_work: float = 1.0
+    ) -> OutOfMemoryEvent | None:
         """Run `attempt(micro_batch)` once and undo it, whatever comes of it: to learn what it needs.
 
         Args:
             attempt: forward and backward of one micro-batch, without the optimizer.
             micro_batch: its samples.
             failed: how many rehearsals have failed before this one.
+            sample_work: as for `run`.
 
         Returns:
             The out-of-memory error, if there was one; the controller knows of it.
@@ -211,7 +214,7 @@ class Guard:
         undo()
         if message is None:
             return None
-        event = self._shrink(message, micro_batch, failed + 1, 1.0)
+        event = self._shrink(message, micro_batch, failed + 1, sample_work)
         self._check_tries([event])
         return event
 

@@ -1,0 +1,202 @@
+"""Resolution stages against full resolution under one memory budget, on scenes of 128 px composed on the device.
+
+usage: python -m benchmarks.resolution --data /tmp/cifar --out resolution.csv --deadline 170
+
+For each seed three runs with the same settings: full size throughout; stages, as many epochs; and full size again with
+its schedule fitted to the wall time that the stages took (`full in that time`). Each visible GPU runs seeds of its own.
+Wall time is that of training, captures of graphs and rehearsals included, without validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import pickle
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from acmds_optimizer.config import TrainConfig
+from acmds_optimizer.engine.prepare import build_optimizer
+from acmds_optimizer.engine.trainer import ACMDSTrainer
+from acmds_optimizer.memory.device import open_memory
+from acmds_optimizer.zoo.datasets import CIFAR_STATISTICS, DataBundle
+from acmds_optimizer.zoo.items import TensorImages
+from acmds_optimizer.zoo.models import build_model
+from benchmarks import curriculum_data
+from benchmarks.curriculum import read_rows, say
+from benchmarks.curriculum_table import at_time, mean_se
+
+COLUMNS = (
+    "arm", "seed", "epochs", "accuracy", "samples", "seconds", "micro_batches", "headroom_breach_fraction",
+    "oom_events", "device", "torch", "curve",
+)  # fmt: skip
+ARMS = ("full", "stages", "full in that time")
+FULL_EPOCHS = 10_000
+"""More than fit into any wall time: `max_seconds` then sets the schedule."""
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all runs share."""
+    return {
+        "amp_dtype": "bf16", "channels_last": True, "enable_cuda_graphs": True, "max_batch_size": 512,
+        "min_batch_size": 64, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.2,
+        "memory_limit_gb": arguments.memory_gb, "target_headroom_gb": 0.15 * arguments.memory_gb, "num_workers": 0,
+    }  # fmt: skip
+
+
+def run(arm: str, seed: int, bundle: DataBundle, device: str, common: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Train once; a row of the table."""
+    config = TrainConfig(**common, device=device, seed=seed, **more)
+    torch.manual_seed(seed)
+    model = build_model("resnet18", curriculum_data.CLASSES, image_size=curriculum_data.SCENE_PX)
+    memory = open_memory(device, config.memory_limit_gb)
+    curve: list[tuple[float, int, float]] = []
+    batches: list[int] = []
+    seconds = 0.0
+    optimizer = build_optimizer(model, config)
+    with ACMDSTrainer(
+        model, bundle.train, optimizer, config, memory=memory, val_dataset=bundle.val, bundle=bundle
+    ) as trainer:
+        while not trainer.finished:
+            began = time.perf_counter()
+            figures = trainer.train_epoch()
+            seconds += time.perf_counter() - began
+            batches.append(int(figures["batch_size"]))
+            curve.append((round(seconds, 3), int(figures["samples"]), trainer.evaluate()["val_accuracy"]))
+        outcome = trainer.recorder.outcome(epochs=trainer.epoch, seconds=seconds)
+    memory.close()
+    return {
+        "arm": arm, "seed": seed, "epochs": trainer.epoch, "accuracy": curve[-1][2], "samples": curve[-1][1],
+        "seconds": seconds, "micro_batches": " ".join(str(size) for size in dict.fromkeys(batches)),
+        "headroom_breach_fraction": outcome.headroom_breach_fraction, "oom_events": outcome.oom_events,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "torch": torch.__version__, "curve": json.dumps(curve),
+    }  # fmt: skip
+
+
+def work(data: str, device: str, seeds: list[int], arguments: argparse.Namespace, began: float, rows: Any) -> None:
+    """A process: all runs of some seeds on one device."""
+    images: curriculum_data.Images = pickle.loads(Path(data).read_bytes())
+    kept = np.random.default_rng(0).permutation(len(images.train))[: arguments.samples]
+    where = torch.device(device)
+    train = TensorImages(curriculum_data.scenes(images.train[kept], 1, where), images.train_labels[kept])
+    shown = min(len(images.val), arguments.samples // 4)
+    val = TensorImages(curriculum_data.scenes(images.val[:shown], 2, where), images.val_labels[:shown])
+    shape = tuple(train.images.shape[1:])
+    bundle = DataBundle(train, val, curriculum_data.CLASSES, None, shape, *CIFAR_STATISTICS["cifar10"], crop="pad")
+    common = settings(arguments)
+    staged = {"start_resolution": arguments.start, "resolution_stages": arguments.stages}
+    longest = 0.0
+    for seed in seeds:
+        taken = 0.0
+        for arm in ARMS:
+            if arguments.deadline and time.time() - began + longest > arguments.deadline:
+                rows.put(f"seed {seed}, {arm}: left out, the deadline")
+                continue
+            more: dict[str, Any] = {"epochs": arguments.epochs} if arm != ARMS[2] else {
+                "epochs": FULL_EPOCHS, "max_seconds": taken,
+            }  # fmt: skip
+            start = time.perf_counter()
+            row = run(arm, seed, bundle, device, common, **more, **(staged if arm == "stages" else {}))
+            longest = max(longest, time.perf_counter() - start)
+            taken = row["seconds"]
+            rows.put(row)
+    rows.put(None)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    by_seed: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        curve = json.loads(row["curve"])
+        numbers = {name: float(row[name]) for name in ("accuracy", "seconds", "samples")}
+        by_seed.setdefault(int(row["seed"]), {})[row["arm"]] = {**row, **numbers, "curve": curve}
+    print("| arm | n | accuracy % | less full, points | wall time s | of full | samples | micro-batches | not kept |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
+    for arm in ARMS:
+        mine = [(arms[arm], arms["full"]) for arms in by_seed.values() if arm in arms and "full" in arms]
+        if not mine:
+            continue
+        cells = [
+            arm,
+            str(len(mine)),
+            mean_se([100 * row["accuracy"] for row, _ in mine]),
+            mean_se([100 * (row["accuracy"] - full["accuracy"]) for row, full in mine], sign=True),
+            mean_se([row["seconds"] for row, _ in mine]),
+            mean_se([row["seconds"] / full["seconds"] for row, full in mine]),
+            f"{np.mean([row['samples'] for row, _ in mine]):,.0f}",
+            mine[0][0]["micro_batches"],
+            mean_se([float(row["headroom_breach_fraction"]) for row, _ in mine]),
+        ]
+        print("| " + " | ".join(cells) + " |")
+    read_off = [
+        100 * at_time(arms["full"], arms["stages"]["seconds"])
+        for arms in by_seed.values()
+        if "full" in arms and "stages" in arms
+    ]
+    if read_off:
+        print(f"\nThe full run, read off its own curve at the wall time of the stages: {mean_se(read_off)} %.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder that benchmarks/cifar10_folder.py writes")
+    parser.add_argument("--out", default="resolution.csv")
+    parser.add_argument("--device", nargs="+", help="default: every visible GPU")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument(
+        "--samples", type=int, default=40_000, help="scenes to train on; a quarter to validate, if there"
+    )
+    parser.add_argument("--memory-gb", type=float, default=7.0)
+    parser.add_argument("--start", type=float, default=0.5)
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--deadline", type=float, help="seconds; no run is started that would end later")
+    arguments = parser.parse_args()
+    began = time.time()
+    out = Path(arguments.out)
+    before = read_rows(out)
+    seeds = [seed for seed in range(arguments.seeds) if not any(int(row["seed"]) == seed for row in before)]
+    devices = arguments.device or [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    images = curriculum_data.cifar10(Path(arguments.data))
+    say(f"data ready after {time.time() - began:.0f} s")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, out.open("a", newline="") as file:
+        data = Path(folder) / "images.pickle"
+        data.write_bytes(pickle.dumps(images))
+        writer = csv.DictWriter(file, COLUMNS)
+        if not before:
+            writer.writeheader()
+        rows = context.Queue()
+        processes = []
+        for number, device in enumerate(devices):
+            mine = seeds[number :: len(devices)]
+            processes.append(context.Process(target=work, args=(str(data), device, mine, arguments, began, rows)))
+            processes[-1].start()
+        running = len(processes)
+        while running and any(process.is_alive() for process in processes):
+            row = rows.get()
+            if row is None:
+                running -= 1
+            elif isinstance(row, str):
+                say(row)
+            else:
+                writer.writerow(row)
+                file.flush()
+                say(
+                    f"{time.time() - began:.0f} s seed {row['seed']}, {row['arm']}: {100 * row['accuracy']:.2f} % in "
+                    f"{row['seconds']:.1f} s, micro-batches {row['micro_batches']}"
+                )
+        for process in processes:
+            process.join()
+    print_table(read_rows(out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Resolution stages: sizes and times worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from acmds_optimizer import ACMDSTrainer
+from acmds_optimizer.config import CurriculumConfig, TrainConfig
+from acmds_optimizer.curriculum.resolution import Stages
+from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.memory.device import BudgetedCpuMemory
+
+
+def stages(shape: tuple[int, ...] = (3, 224, 224), start: float = 0.5, count: int = 4) -> Stages:
+    found = Stages.from_config(CurriculumConfig(start_resolution=start, resolution_stages=count), shape)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "count", "expected"),
+    [
+        ((3, 224, 224), 0.5, 4, [(112, 112), (152, 152), (184, 184), (224, 224)]),  # 149.3 and 186.7 in eights
+        ((3, 128, 128), 0.5, 3, [(64, 64), (96, 96), (128, 128)]),
+        ((1, 32, 32), 0.5, 4, [(16, 16), (24, 24), (32, 32)]),  # 21.3 and 26.7 are one size
+        ((3, 96, 128), 0.5, 2, [(48, 64), (96, 128)]),
+        ((3, 60, 60), 0.1, 2, [(8, 8), (60, 60)]),
+    ],
+)
+def test_sizes_grow_evenly_in_multiples_of_eight_up_to_the_full_one(shape, start, count, expected):
+    assert list(stages(shape, start, count).sizes) == expected
+
+
+def test_the_last_30_percent_are_at_full_size_and_the_other_stages_take_equal_parts():
+    three = stages((3, 128, 128), 0.5, 3)
+    assert [three.number(t) for t in (0.0, 0.34, 0.36, 0.69, 0.7, 1.0)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_work_of_a_sample_is_its_share_of_the_pixels():
+    assert [stages((3, 128, 128), 0.5, 3).work(i) for i in range(3)] == [0.25, 0.5625, 1.0]
+
+
+def test_a_smaller_image_is_the_mean_of_the_pixels_that_fall_together():
+    two = stages((1, 16, 16), 0.5, 2)
+    flat = torch.full((2, 1, 16, 16), 3.0)
+    assert torch.allclose(two.resize(flat, 0), torch.full((2, 1, 8, 8), 3.0))
+    board = torch.tensor([0.0, 1.0]).repeat(8).repeat(16, 1)[None, None]  # columns of 0 and 1
+    assert torch.allclose(two.resize(board, 0)[..., 1:-1], torch.full((1, 1, 8, 6), 0.5))
+    assert two.resize(board, 1) is board
+
+
+def test_without_a_smaller_start_there_are_no_stages():
+    assert Stages.from_config(CurriculumConfig(), (3, 224, 224)) is None
+    assert Stages.from_config(CurriculumConfig(start_resolution=0.5, resolution_stages=1), (3, 64, 64)) is None
+
+
+@pytest.mark.parametrize("shape", [(20,), (1, 8, 8)])
+def test_stages_of_what_is_no_image_or_is_tiny_are_refused(shape):
+    with pytest.raises(ConfigError, match="no images that could be smaller"):
+        stages(shape)
+
+
+def test_a_training_grows_its_images_and_ends_and_validates_at_full_size():
+    seen: list[tuple[bool, int]] = []
+
+    class Watch(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            seen.append((self.training, inputs.shape[-1]))
+            return inputs
+
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8)
+    dataset = TensorDataset(images, torch.arange(64) % 2)
+    model = nn.Sequential(Watch(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    config = TrainConfig(
+        start_resolution=0.5,
+        resolution_stages=2,
+        epochs=10,
+        max_batch_size=32,
+        target_headroom_gb=0.1,
+        enable_amp=False,
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    memory = BudgetedCpuMemory(2**30)
+    with ACMDSTrainer(model, dataset, optimizer, config, "cpu", val_dataset=dataset, memory=memory) as trainer:
+        while not trainer.finished:
+            trainer.train_epoch()
+            trainer.evaluate()
+    sides = [side for training, side in seen if training]
+    assert {side for training, side in seen if not training} == {8, 16}, "8 only in the check before the first step"
+    # two steps an epoch: 7 of 10 epochs at half the side, after the rehearsal
+    assert sides[-20:] == [8] * 14 + [16] * 6
+
+
+def test_memory_grows_with_the_pixels_so_a_smaller_image_allows_a_larger_micro_batch():
+    images = torch.randint(0, 256, (400, 1, 32, 32), dtype=torch.uint8)
+    dataset = TensorDataset(images, torch.arange(400) % 2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)
+    )
+    config = TrainConfig(
+        start_resolution=0.5, resolution_stages=2, epochs=4, max_batch_size=128, target_headroom_gb=0.001,
+        enable_amp=False, knee_gain_fraction=0.0,
+    )  # fmt: skip
+    memory = BudgetedCpuMemory(14 * 2**20)
+    sizes: dict[int, int] = {}
+    with ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory) as trainer:
+        while not trainer.finished:
+            trainer.train_epoch()
+            sizes[trainer._stage] = trainer.controller.batch_size
+        assert trainer.recorder.figures["oom_events"] == 0
+    assert sizes[0] >= 2 * sizes[1]
+
+
+def test_a_model_that_takes_one_size_only_is_told_so():
+    dataset = TensorDataset(torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8), torch.arange(64) % 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))
+    config = TrainConfig(start_resolution=0.5, target_headroom_gb=0.1, enable_amp=False)
+    memory = BudgetedCpuMemory(2**30)
+    trainer = ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory)
+    with trainer, pytest.raises(ConfigError, match="cannot take images of 8x8 px"):
+        trainer.train_epoch()
