@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from acmds_optimizer.engine.run import environment
+from acmds_optimizer.memory.device import prefer_expandable_segments
 from acmds_optimizer.memory.guard import is_out_of_memory
 from benchmarks import memory_systems as systems
 from benchmarks.memory_ours import Variant, system
@@ -91,5 +92,7 @@ def _prepare(setting: Setting) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     # says that a child may not start workers, which it needs none of
     logging.getLogger("acmds_optimizer.engine.decode").setLevel(logging.ERROR)
+    if setting.device != "cpu":
+        prefer_expandable_segments()  # for all systems, as our trainer does
     if setting.device == "cpu":
         torch.set_num_threads(1)  # two threads that wait for each other on a busy machine make times mean nothing

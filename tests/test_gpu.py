@@ -117,7 +117,7 @@ def test_a_real_error_on_the_card_loses_no_sample(amp_dtype):
     trainer = make(amp_dtype=amp_dtype, min_batch_size=64, max_batch_size=256, count=2048)
     with trainer:
         first = trainer.train_epoch()["epoch_loss"]
-        squeeze(trainer, 0.7)  # without a word to the controller, which reads it only after the error
+        squeeze(trainer, 1.0)  # without a word to the controller, which reads it only after the error
         trainer.train_epoch()
         squeeze(trainer, 8.0)
         last = trainer.train_epoch()["epoch_loss"]
@@ -164,8 +164,7 @@ def test_200_steps_by_graphs_follow_eager_ones_while_the_size_and_the_rate_chang
     assert graphed.train_step.graphs is not None
     assert graphed.train_step.graphs.captures >= 4, "three sizes and the optimizer"
     eager = stepped(make(enable_cuda_graphs=False, **settings), sizes)
-    assert with_graphs[:60] == pytest.approx(eager[:60], rel=tolerance)
-    assert sum(with_graphs) / len(sizes) == pytest.approx(sum(eager) / len(sizes), rel=tolerance)
+    assert with_graphs == pytest.approx(eager, rel=tolerance, abs=tolerance)
 
 
 def test_a_setting_that_changes_is_captured_again():

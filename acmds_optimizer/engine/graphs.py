@@ -183,6 +183,7 @@ class GraphedMicroBatches:
     def release(self) -> None:
         """Drop all graphs and their memory; sizes that are used again are captured again."""
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
         self.pool_bytes = 0
         self._optimizer = None
         self._gradients = []
@@ -275,7 +276,7 @@ class GraphedMicroBatches:
         logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
         if what == "model":
             self.off_reason = reason
-            self._graphs.clear()
+            self.release()
         return None, None
 
 

@@ -26,7 +26,7 @@ from acmds_optimizer.engine.scalars import open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
 from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
-from acmds_optimizer.memory.device import open_memory
+from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.models import build_model
 
@@ -63,7 +63,7 @@ def run_training(
         raise ConfigError("output_dir", [f"{output_dir} holds a run already; use --resume, or another folder"])
     began = time.monotonic()
     torch.manual_seed(config.seed)
-    memory = open_memory(config.device, config.memory_limit_gb)
+    memory = _open_memory(config)
     bundle = build_data(config)
     model = make_model(config, bundle)
     if memory.device.type == "cuda":
@@ -171,7 +171,7 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
     Raises:
         ACMDSError: not a checkpoint of this model, or data without validation samples.
     """
-    memory = open_memory(config.device, config.memory_limit_gb)
+    memory = _open_memory(config)
     bundle = build_data(config)
     if bundle.val is None:
         raise DataError(f"{config.dataset}: nothing is held out for validation; give a val/ folder or --val-fraction")
@@ -221,6 +221,12 @@ def _with_settings(state: dict[str, Any], config: TrainConfig, optimizer: torch.
     for saved, asked in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
         saved |= {name: asked[name] for name in ("weight_decay", "momentum", "nesterov") if name in asked}
     return state
+
+
+def _open_memory(config: TrainConfig) -> MemoryDevice:
+    if config.device != "cpu":
+        prefer_expandable_segments()  # the process is ours
+    return open_memory(config.device, config.memory_limit_gb)
 
 
 def _continues(resume: Path | None, folder: Path) -> bool:

@@ -7,6 +7,8 @@ makes a card of the CPU by adding up live tensor storage, and raises the real `t
 from __future__ import annotations
 
 import gc
+import logging
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -20,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from acmds_optimizer.config import GIB
 from acmds_optimizer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_LIMIT_GB = 24.0
 """What the card on the CPU holds where nobody says: as much as an RTX 3090."""
@@ -247,6 +251,21 @@ class _CountingMode(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         memory._count_outputs(outputs)
         return outputs
+
+
+def prefer_expandable_segments() -> None:
+    """Let PyTorch's allocator grow its segments, so that blocks of one size do not stand beside those of the next.
+
+    Holds for what is allocated from now on. PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, where set, are obeyed.
+    """
+    if os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"):
+        return
+    # renamed in PyTorch 2.9
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    try:
+        setter("expandable_segments:True")
+    except RuntimeError as error:  # another allocator is in use
+        logger.debug("expandable segments: %s", error)
 
 
 def no_cuda_reason() -> str:
