@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from acmds_tune import host_memory, nvml
+from acmds_tune.neighbour import Script
 from acmds_tune.objective import (
     DEFAULT_OBJECTIVE,
     Ended,
@@ -84,6 +85,9 @@ class Task:
 
     trial_timeout_s: float | None = None
     silence_timeout_s: float | None = None
+    neighbour: Sequence[tuple[float, float]] = ()
+    """Another process on the card: (share of the trial that is done, GB that it holds from then on)."""
+
     host_memory_gb: float | None = None
     """Host memory that the trial and its workers may hold; none: as long as the host has some left."""
 
@@ -329,7 +333,11 @@ def _main(task: Task, send: Connection, lifeline: Connection) -> None:
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+    script = Script(task.neighbour, task.settings) if task.neighbour else None
+
     def report(progress: dict[str, Any]) -> None:
+        if script is not None:
+            script.follow(progress)
         with contextlib.suppress(BrokenPipeError):  # the search is gone, and so will this process be
             send.send(("progress", progress))
 

@@ -46,6 +46,7 @@ class TrialRecord:
         values: what Optuna was told, one an objective; None for a trial that runs.
         stage: one of acmds_tune.columns.STAGES.
         label: what a trial of the later stages repeats or is compared with, such as `trial 7` or `default`.
+        began: when it was started, in seconds since 1970; None where not known.
         interrupted: its end says nothing about its settings, and it was or will be started anew.
     """
 
@@ -61,6 +62,7 @@ class TrialRecord:
     stage: str = "search"
     label: str = ""
     interrupted: bool = False
+    began: float | None = None
 
     @property
     def feasible(self) -> bool:
@@ -137,6 +139,35 @@ def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
             deviations = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
         result[label] = Confirmation(label, tuple(trials), means, deviations)
     return result
+
+
+LONGEST_GAP_S = 60.0
+"""A longer time without any trial is one in which the search did not run."""
+
+
+def busy_share(study: StudyRecord, figure: str = "gpu_busy_fraction", places: int = 1) -> float | None:
+    """Share of the search's wall time in which its GPUs ran kernels; None where that was not measured.
+
+    Args:
+        study: whose trials are counted, all stages.
+        figure: `gpu_busy_fraction`, a share of a trial's time, or `training_seconds`, which the CPU has as well.
+        places: trials at once.
+    """
+    spans = sorted(
+        (trial.began, trial.began + trial.seconds, trial.figures.get(figure), trial.seconds)
+        for trial in study.trials
+        if trial.began is not None and trial.seconds and trial.status != "running"
+    )
+    if not any(value is not None for _, _, value, _ in spans):
+        return None
+    busy = sum((value or 0.0) * (seconds if figure.endswith("_fraction") else 1.0) for _, _, value, seconds in spans)
+    wall, end = 0.0, spans[0][0]
+    for began, ended, _, _ in spans:
+        if began - end > LONGEST_GAP_S:
+            end = began
+        wall += max(0.0, ended - end)
+        end = max(end, ended)
+    return min(1.0, busy / wall / places)
 
 
 def costs(study: StudyRecord, trial: TrialRecord) -> tuple[float, ...]:

@@ -187,6 +187,7 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
         attrs.get("stage", "search"),
         attrs.get("label", ""),
         bool(attrs.get("interrupted")),
+        trial.datetime_start.timestamp() if trial.datetime_start is not None else None,
     )
 
 

@@ -147,6 +147,16 @@ class Confirm(_Model):
     """Seeds for each of them, and for the baselines `default` and `fixed batch`."""
 
 
+class NeighbourStep(_Model):
+    """A moment at which another process on the card changes what it holds."""
+
+    at: Annotated[float, Ge(0), Lt(1)]
+    """Share of the trial that is done."""
+
+    holds_gb: Annotated[float, Ge(0)]
+    """GB that it holds from then on."""
+
+
 class Timeouts(_Model):
     """When a trial is taken for hung and killed."""
 
@@ -222,6 +232,9 @@ class Space(_Model):
     warm_start: list[str] = []
     """Folders of earlier studies whose best settings are tried first."""
 
+    neighbour: list[NeighbourStep] = []
+    """Another process on the card in every trial: a list of moments `{at: 0.3, holds_gb: 8}`."""
+
     timeouts: Timeouts = Timeouts()
     """When a trial is taken for hung and killed."""
 
@@ -233,6 +246,11 @@ class Space(_Model):
 
     search: dict[str, Parameter] = {}
     """Settings of the trainer that are searched, each with its range or choices."""
+
+    @field_validator("neighbour")
+    @classmethod
+    def _in_order(cls, value: list[NeighbourStep]) -> list[NeighbourStep]:
+        return sorted(value, key=lambda step: step.at)
 
     @property
     def parsed_constraints(self) -> list[Constraint]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from acmds_tune.space import Budget, Confirm, Parameter, Resources, Screen, Space, Timeouts
+from acmds_tune.space import Budget, Confirm, NeighbourStep, Parameter, Resources, Screen, Space, Timeouts
 from acmds_tune.space_aliases import (
     MOVED_KEYS,
     PARAMETER_ALIASES,
@@ -34,6 +34,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "budget": Budget,
     "screen": Screen,
     "confirm": Confirm,
+    "neighbour": NeighbourStep,
     "timeouts": Timeouts,
     "resources": Resources,
 }
@@ -92,7 +93,7 @@ def _type_name(kind: Any) -> str:
 
 def _default(field: FieldInfo) -> str:
     value = field.default
-    if value is None or isinstance(value, BaseModel) or value == {}:
+    if value is None or field.is_required() or isinstance(value, BaseModel) or value in ({}, []):
         return ""
     if isinstance(value, list):
         parts = ["speed" if isinstance(item, BaseModel) else str(item) for item in value]

@@ -484,13 +484,14 @@ def fingerprint(space: Space) -> dict[str, Any]:
             return "none"
 
     gpus = nvml.visible_devices() if space.device != "cpu" else []
-    about = space.model_dump(mode="json", include={"fixed", "objective", "constraints", "budget", "screen"})
+    about = space.model_dump(mode="json", include={"fixed", "objective", "constraints", "budget", "neighbour"})
     about["fixed"].pop("data_dir", None)
     about["budget"].pop("minutes", None)
     return {
         **about,
         "objective": str(about["objective"]),
         "constraints": str(about["constraints"]),
+        "neighbour": str(about["neighbour"]),
         "card": nvml.name(gpus[0]) if gpus else f"{os.cpu_count()} CPU cores",
         "torch": installed("torch"),
         "acmds": installed("acmds"),

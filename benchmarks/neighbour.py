@@ -15,104 +15,10 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import Any
 
-import torch
+from acmds_tune.neighbour import GIB, PIECE_BYTES, POLL_S, Holder, serve
 
-GIB = 1024**3
-PIECE_BYTES = GIB // 4
-_BALLAST_PIECE_BYTES = 4 * GIB
-_POLL_S = 0.02
-
-
-class Holder:
-    """Holds bytes of one device.
-
-    Args:
-        device: `cuda`, `cuda:N`, or `cpu`, where memory never runs short.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
-        self.wanted_bytes = 0
-        self._ballast: list[torch.Tensor] = []
-        self._pieces: list[torch.Tensor] = []
-        if self.device.type == "cuda":
-            torch.cuda.init()
-            self._free_bytes()  # the context takes its share before anything is measured
-
-    @property
-    def held_bytes(self) -> int:
-        """What was taken so far, ballast apart."""
-        return sum(piece.numel() for piece in self._pieces)
-
-    def leave(self, free_bytes: int) -> None:
-        """Take ballast until at most `free_bytes` of the card are free, to within 2 MB."""
-        while (over := self._free_bytes() - free_bytes) >= 2**21:
-            piece = self._allocate(min(over // 2**21 * 2**21, _BALLAST_PIECE_BYTES))
-            if piece is None:
-                return
-            self._ballast.append(piece)
-
-    def take(self, wanted_bytes: int) -> None:
-        """From now on try to hold so many bytes; `poll` does it."""
-        self.wanted_bytes = wanted_bytes
-
-    def free(self) -> None:
-        """Give all but the ballast back."""
-        self.wanted_bytes = 0
-        self._pieces.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def poll(self) -> bool:
-        """Take what is wanted and free; whether anything was taken."""
-        before = len(self._pieces)
-        while (missing := self.wanted_bytes - self.held_bytes) > 0:
-            piece = self._allocate(min(missing, PIECE_BYTES))
-            if piece is None:
-                break
-            self._pieces.append(piece)
-        return len(self._pieces) > before
-
-    def _allocate(self, size: int) -> torch.Tensor | None:
-        try:
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
-        except torch.OutOfMemoryError:
-            return None
-
-    def _free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
-
-
-def serve(connection: Connection, held: Any, device: str) -> None:
-    """Obey (order, bytes) tuples until `quit` or the end of the connection: leave, take, free.
-
-    Args:
-        connection: `leave` is answered with None once it is done; the others are not answered.
-        held: a shared value of type double, kept at the bytes held.
-        device: as for `Holder`.
-    """
-    holder = Holder(device)
-    orders: dict[str, Callable[[int], None]] = {
-        "leave": holder.leave,
-        "take": holder.take,
-        "free": lambda _: holder.free(),
-    }
-    try:
-        while True:
-            if connection.poll(_POLL_S):
-                order, size = connection.recv()
-                if order == "quit":
-                    return
-                orders[order](size)
-                if order == "leave":
-                    connection.send(None)
-            holder.poll()
-            held.value = float(holder.held_bytes)
-    except (EOFError, ConnectionError):
-        return  # the run that it was the neighbour of is over
+__all__ = ["PIECE_BYTES", "Holder", "main", "parse", "play", "serve"]
 
 
 def parse(words: Sequence[str]) -> list[tuple[str, float]]:
@@ -150,7 +56,7 @@ def play(orders: Sequence[tuple[str, float]], holder: Holder, report: Callable[[
             while time.monotonic() < until:
                 if holder.poll():
                     report(time.monotonic() - began, holder.held_bytes)
-                time.sleep(min(_POLL_S, max(0.0, until - time.monotonic())))
+                time.sleep(min(POLL_S, max(0.0, until - time.monotonic())))
             continue
         if order == "leave":
             holder.leave(int(number * GIB))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_tune import child, host_memory, nvml
 from acmds_tune.child import Task, TrialProcess
+from acmds_tune.neighbour import Script, serve_alone
 from acmds_tune.objective import Ended, read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,3 +229,32 @@ def test_a_trial_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+def test_a_neighbour_on_the_cpu_card_takes_and_gives_back_as_the_trial_goes_on() -> None:
+    card = BudgetedCpuMemory(8 * 2**30)
+    script = Script([(0.0, 1.0), (0.5, 3.0), (0.75, 0.0)], {"device": "cpu", "max_seconds": 10.0})
+    seen = []
+    for progress in (
+        {"step": 0, "total_steps": 0},
+        {"step": 49, "total_steps": 100},
+        {"seconds": 6.0},
+        {"seconds": 9.0},
+    ):
+        script.follow(progress)
+        seen.append(card.read().budget_bytes / 2**30)
+    assert seen == [7.0, 7.0, 5.0, 8.0]
+
+
+def test_a_neighbour_process_holds_what_it_is_told_and_ends_with_its_trial() -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    held = context.Value("d", 0.0)
+    process = context.Process(target=serve_alone, args=(ours, theirs, held, "cpu"), daemon=True)
+    process.start()
+    theirs.close()
+    ours.send(("take", 3 * 2**20))
+    wait_until(lambda: held.value == 3 * 2**20)
+    ours.close()
+    process.join(SOON_S)
+    assert process.exitcode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from optuna.trial import TrialState
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.journal import JOURNAL
 from acmds_tune.objective import Ended
-from acmds_tune.records import Objective, StudyRecord, TrialRecord, choose_best, confirmations, ranked
+from acmds_tune.records import (
+    Objective,
+    StudyRecord,
+    TrialRecord,
+    busy_share,
+    choose_best,
+    confirmations,
+    ranked,
+)
 from acmds_tune.report import load_study
 from acmds_tune.requires import draw, nearest_allowed, parse_requirement
 from acmds_tune.space import Space
@@ -221,6 +230,19 @@ def test_baselines_and_confirmations_are_never_the_best() -> None:
 def test_the_number_of_trials_of_a_whole_study_is_told_beforehand(space: Callable[[str], Space]) -> None:
     assert planned(space(TEXT)) == 4
     assert planned(space(TEXT + "anchor_every: 2\nconfirm: {top: 2, seeds: 3}\nbaselines: [default]\n")) == 4 + 2 + 9
+
+
+def test_the_busy_share_counts_the_gaps_between_trials_but_not_the_time_without_a_search() -> None:
+    def ran(number: int, began: float, seconds: float, busy: float) -> TrialRecord:
+        made = trial(number, 1.0)
+        return replace(made, began=began, seconds=seconds, figures={"gpu_busy_fraction": busy, "training_seconds": 5.0})
+
+    study = study_of(ran(0, 100.0, 10.0, 0.9), ran(1, 112.0, 8.0, 1.0), ran(2, 5000.0, 10.0, 1.0))
+    assert busy_share(study) == pytest.approx((9 + 8 + 10) / (20 + 10))
+    assert busy_share(study, "training_seconds") == pytest.approx(15 / 30)
+    at_once = study_of(ran(0, 0.0, 10.0, 0.9), ran(1, 0.0, 10.0, 0.9))
+    assert busy_share(at_once, places=2) == pytest.approx(0.9)
+    assert busy_share(study_of(trial(0, 1.0))) is None
 
 
 # --- requires

@@ -165,6 +165,7 @@ class BudgetedCpuMemory(MemoryDevice):
         self._peak_bytes = 0
         self._errors = 0
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        _cpu_cards.add(self)
 
     def track(self, values: Any) -> None:
         if isinstance(values, Iterable) and not isinstance(values, (torch.Tensor, dict, list, tuple)):
@@ -237,6 +238,15 @@ class BudgetedCpuMemory(MemoryDevice):
                 f"CPU card out of memory. Tried to allocate {asked / 2**20:.2f} MiB. The card has a budget of "
                 f"{budget / 2**20:.2f} MiB of which {live / 2**20:.2f} MiB are allocated."
             )
+
+
+_cpu_cards: weakref.WeakSet[BudgetedCpuMemory] = weakref.WeakSet()
+
+
+def occupy_cpu_cards(size: int) -> None:
+    """From now on another process is taken to hold `size` bytes of every CPU card of this process."""
+    for card in _cpu_cards:
+        card.neighbour_bytes = size
 
 
 class _CountingMode(TorchDispatchMode):

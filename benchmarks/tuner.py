@@ -1,0 +1,201 @@
+"""What a search costs beside the training, and what survives a kill. CSV on stdout, progress on stderr.
+
+    python -m benchmarks.tuner overhead [TRIALS]            # CPU, 1 to 2 minutes: seconds lost a trial beyond training
+    python -m benchmarks.tuner kill [KILLS]                 # CPU, minutes: kill -9 at random moments, and resume
+    python -m benchmarks.tuner study FILE.yaml [SECONDS]    # a search, and what it found beside its baselines
+    python -m benchmarks.tuner pair [TRIALS] [DEVICE]       # two GPUs: trials an hour one by one, and two at once
+
+All take `--backend local` as the last words to do without Ray, and `--out FOLDER` before them to keep the studies.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from subprocess import DEVNULL
+
+from acmds_tune.records import busy_share, choose_best, confirmations
+from acmds_tune.report import load_study
+
+QUICK = """
+trials: {trials}
+seed: 1
+objective: speed
+budget: {{epochs: 1}}
+fixed: {{device: cpu, dataset: digits, model: small_cnn, memory_limit_gb: 0.02, target_headroom_gb: 0.002}}
+search:
+  lr: {{low: 0.0001, high: 0.1, log: true}}
+  min_batch_size: {{low: 4, high: 32}}
+"""
+
+PAIR = """
+seed: 1
+objective: speed
+budget: {{seconds: 5}}
+fixed: {{device: {device}, dataset: {dataset}, model: {model}, effective_batch_size: 256, enable_cuda_graphs: false,
+  channels_last: true, amp_dtype: bf16, epochs: 1000}}
+search:
+  max_batch_size: {{low: 64, high: 256, step: 32}}
+resources: {{concurrent_trials: {places}}}
+"""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tune(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "acmds_tune.cli", *arguments]
+
+
+def overhead(folder: Path, backend: list[str], trials: int = 30) -> None:
+    """Seconds of a trial that are not training, from its start to the start of the next one."""
+    (folder / "overhead.yaml").write_text(QUICK.format(trials=trials), encoding="utf-8")
+    subprocess.run(
+        tune("search", str(folder / "overhead.yaml"), "--results-dir", str(folder), *backend),
+        check=True,
+        stdout=DEVNULL,
+    )
+    rows = sorted(load_study(folder / "overhead").trials, key=lambda row: row.number)
+    inside = [(row.seconds or 0.0) - (row.figures["training_seconds"] or 0.0) for row in rows]
+    between = [(b.began or 0.0) - (a.began or 0.0) - (a.seconds or 0.0) for a, b in pairwise(rows)]
+    lost = [one + other for one, other in zip(inside, [*between, 0.0], strict=True)][:-1]
+    table = csv.writer(sys.stdout)
+    table.writerow(("figure", "median", "largest", "n"))
+    for name, values in (("lost_in_trial_s", inside[1:]), ("lost_between_s", between[1:]), ("lost_s", lost[1:])):
+        table.writerow((name, f"{statistics.median(values):.3f}", f"{max(values):.3f}", len(values)))
+    table.writerow(("lost_first_s", f"{lost[0]:.3f}", f"{lost[0]:.3f}", 1))
+
+
+def kill(folder: Path, backend: list[str], kills: int = 20) -> None:
+    """Kill the search at random moments; every resume must go on, and the last one end with every trial, once."""
+    rng, trials = random.Random(0), 30
+    (folder / "kill.yaml").write_text(QUICK.format(trials=trials), encoding="utf-8")
+    study = folder / "kill"
+    command = tune("search", str(folder / "kill.yaml"), "--results-dir", str(folder), "--resume", *backend)
+    table = csv.writer(sys.stdout)
+    table.writerow(("kill", "after_trials", "and_s", "rows", "finished", "lost_rows"))
+    finished_before: dict[int, str] = {}
+    for number in range(kills):
+        ended = len(list(study.glob("trials/*/outcome.json")))
+        more = rng.choice((-1, 0, 1, 2, 3))  # trials that end before; -1: while the search starts
+        process = subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL)
+        while process.poll() is None and more >= 0 and len(list(study.glob("trials/*/outcome.json"))) < ended + more:
+            time.sleep(0.02)
+        delay = rng.uniform(0.0, 1.5)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        rows = load_study(study).trials if (study / "journal.log").is_file() else ()
+        finished = {row.number: row.status for row in rows if row.status != "running" and not row.interrupted}
+        lost = [each for each, status in finished_before.items() if finished.get(each) != status]
+        table.writerow((number, more, f"{delay:.2f}", len(rows), len(finished), len(lost)))
+        say(f"kill {number}: {len(finished)} of {trials} finished, {len(lost)} lost")
+        finished_before = finished
+        if len(finished) >= trials - 3:  # begin a new one, so that each kill strikes a search that runs
+            study.rename(folder / f"kill_{number}")
+            finish(table, command, folder / f"kill_{number}", study, trials)
+            finished_before = {}
+    finish(table, command, study, study, trials)
+
+
+def finish(table: object, command: list[str], kept: Path, study: Path, trials: int) -> None:
+    """Resume to the end, and check that every trial is there once."""
+    resume = tune("resume", str(kept), *command[command.index("--resume") + 1 :])
+    subprocess.run(resume, check=True, stdout=DEVNULL, stderr=DEVNULL)
+    counted = [row for row in load_study(kept).trials if not row.interrupted]
+    points = Counter(tuple(sorted((name, row.config[name]) for name in ("lr", "min_batch_size"))) for row in counted)
+    repeated = sum(count - 1 for count in points.values())
+    say(f"resumed to the end: {len(counted)} trials of {trials}, {repeated} repeated")
+    table.writerow(("end", "", "", len(load_study(kept).trials), len(counted), repeated))  # type: ignore[attr-defined]
+    if len(counted) != trials or repeated:
+        raise SystemExit("a trial was lost or repeated")
+
+
+def study(folder: Path, backend: list[str], file: str, deadline: int = 300) -> None:
+    """Run the file's search, and write a row for the best, the defaults and the best fixed batch."""
+    began = time.monotonic()
+    command = tune("search", file, "--results-dir", str(folder / "results"), *backend)
+    process = subprocess.Popen(command, stdout=DEVNULL)
+    try:
+        process.wait(max(1.0, deadline - 20.0))
+    except subprocess.TimeoutExpired:
+        say("the deadline is near: ending the search")
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    wall = time.monotonic() - began
+    record = load_study(folder / "results" / Path(file).stem)
+    best, again = choose_best(record), confirmations(record)
+    table = csv.writer(sys.stdout)
+    table.writerow(("what", "trials", "feasible", record.objectives[0].name, "standard_deviation"))
+    if best is not None:
+        table.writerow(("best (selection run)", 1, best.feasible, f"{best.values[0]:.1f}" if best.values else "", ""))
+    for label, found in again.items():
+        mean, deviation = (found.means or (0.0,))[0], (found.deviations or (0.0,))[0]
+        chosen = best is not None and label == f"trial {best.number}"
+        label = f"best, confirmed ({label})" if chosen else label
+        table.writerow((label, len(found.trials), found.feasible, f"{mean:.1f}", f"{deviation:.1f}"))
+    lost = [
+        (row.seconds or 0.0) - (row.figures.get("training_seconds") or 0.0)
+        for row in record.trials
+        if row.status in ("ok", "infeasible")
+    ]
+    statuses = ", ".join(f"{count} {status}" for status, count in Counter(t.status for t in record.trials).items())
+    say(f"{len(record.trials)} trials ({statuses}), {wall:.0f} s in all")
+    table.writerow(("wall_s", len(record.trials), "", f"{wall:.1f}", ""))
+    table.writerow(("gpu_busy_share", "", "", busy_share(record), ""))
+    table.writerow(("training_share", "", "", busy_share(record, "training_seconds"), ""))
+    table.writerow(("lost_in_trial_s (median)", len(lost), "", f"{statistics.median(lost or [0.0]):.3f}", ""))
+
+
+def pair(folder: Path, backend: list[str], trials: int = 8, device: str = "cuda") -> None:
+    """The same search one trial at a time and two at once."""
+    what = ("benchmarks.synthetic_images:float224", "resnet50") if device == "cuda" else ("digits", "small_cnn")
+    table, rates = csv.writer(sys.stdout), []
+    table.writerow(("at_once", "trials", "seconds", "trials_an_hour", "samples_per_second_median", "ratio"))
+    for places in (1, 2):
+        name = f"at_once_{places}"
+        text = PAIR.format(device=device, dataset=what[0], model=what[1], places=places)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+        options = ["--name", name, "--trials", str(trials), "--results-dir", str(folder / "results")]
+        subprocess.run(tune("search", str(folder / f"{name}.yaml"), *options, *backend), check=False, stdout=DEVNULL)
+        rows = [row for row in load_study(folder / "results" / name).trials if row.seconds and row.began]
+        seconds = max((r.began or 0) + (r.seconds or 0) for r in rows) - min(r.began or 0.0 for r in rows)
+        speeds = [row.figures.get("samples_per_second") or 0.0 for row in rows]
+        rates.append(3600 * len(rows) / seconds)
+        row = (places, len(rows), f"{seconds:.1f}", f"{rates[-1]:.0f}", f"{statistics.median(speeds):.0f}")
+        table.writerow((*row, f"{rates[-1] / rates[0]:.2f}"))
+
+
+def main(words: list[str]) -> int:
+    commands = {"overhead": overhead, "kill": kill, "study": study, "pair": pair}
+    if not words or words[0] not in commands:
+        say(__doc__ or "")
+        return 2
+    backend: list[str] = []
+    if "--backend" in words:
+        place = words.index("--backend")
+        backend, words = words[place : place + 2], words[:place]
+    out = None
+    if "--out" in words:
+        place = words.index("--out")
+        out, words = Path(words[place + 1]), words[:place] + words[place + 2 :]
+        out.mkdir(parents=True, exist_ok=True)
+    arguments = [int(word) if word.isdigit() else word for word in words[1:]]
+    with tempfile.TemporaryDirectory(prefix="acmds-bench-") as temporary:
+        commands[words[0]](out or Path(temporary), backend, *arguments)  # type: ignore[operator]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
