@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.journal import make_room
@@ -17,6 +17,20 @@ from acmds_tune.space_load import load
 
 if TYPE_CHECKING:
     from acmds_tune.search import SearchResult
+
+_DIRECTORY: tuple[str, dict[str, Any]] = (
+    "directory",
+    {"type": Path, "metavar": "DIR", "help": "folder of the study, such as results/quickstart"},
+)
+_SET: tuple[str, dict[str, Any]] = (
+    "--set",
+    {
+        "action": "append",
+        "default": [],
+        "metavar": "KEY=VALUE",
+        "help": "a fixed setting, whatever the file says; repeatable",
+    },
+)
 
 INTERRUPTED_EXIT = 130
 """What a shell expects of a program that Ctrl-C ended."""
@@ -56,13 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("--resume", action="store_true", help="go on with the study if it exists")
     search.add_argument("--trials", type=int, metavar="N", help="how many trials, whatever the file says")
-    search.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a fixed setting, whatever the file says; repeatable",
-    )
+    search.add_argument(_SET[0], **_SET[1])
     _add_backend(search)
     search.set_defaults(run=_search)
 
@@ -71,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with a search that was ended",
         description="Go on with the search in a folder, with what its sampler knows.",
     )
-    resume.add_argument("directory", type=Path, metavar="DIR", help="folder of the study, such as results/quickstart")
+    resume.add_argument(_DIRECTORY[0], **_DIRECTORY[1])
     resume.add_argument("--trials", type=int, metavar="N", help="how many trials in all, whatever the study says")
     _add_backend(resume)
     resume.set_defaults(run=_resume)
@@ -81,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run more trials in a study",
         description="Run more trials in a study that has run all it was asked for, with what its sampler knows.",
     )
-    extend.add_argument("directory", type=Path, metavar="DIR", help="folder of the study")
+    extend.add_argument(_DIRECTORY[0], **_DIRECTORY[1])
     extend.add_argument("--trials", required=True, metavar="+N", help="how many more, such as +20; N: how many in all")
     _add_backend(extend)
     extend.set_defaults(run=_extend)
@@ -91,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write the tables, best.json and report.html again",
         description="Write trials.csv, events.csv, best.json and report.html again, from the study's journal.",
     )
-    report.add_argument("directory", type=Path, metavar="DIR", help="folder of the study")
+    report.add_argument(_DIRECTORY[0], **_DIRECTORY[1])
     report.set_defaults(run=_report)
 
     best = commands.add_parser(
@@ -99,8 +107,10 @@ def _parser() -> argparse.ArgumentParser:
         help="show the best settings found",
         description="Print the path of best.json and the searched settings in it.",
     )
-    best.add_argument("directory", type=Path, metavar="DIR", help="folder of the study")
+    best.add_argument(_DIRECTORY[0], **_DIRECTORY[1])
     best.set_defaults(run=_best)
+
+    _add_looks(commands)
 
     doctor = commands.add_parser(
         "doctor",
@@ -109,6 +119,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_looks(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that start no trial; acmds_tune.commands has them."""
+    looks: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
+        "status": ("say how far a study is, and what is best so far", [_DIRECTORY]),
+        "show": (
+            "print the trials of a study, or one of them",
+            [_DIRECTORY, ("trial", {"type": int, "nargs": "?", "metavar": "TRIAL", "help": "number of one trial"})],
+        ),
+        "compare": (
+            "print the best of two studies beside each other",
+            [("one", _DIRECTORY[1]), ("other", _DIRECTORY[1])],
+        ),
+        "import": (
+            "make the trials of another study known to this one",
+            [_DIRECTORY, ("source", {"type": Path, "metavar": "FROM", "help": "folder of the other study"})],
+        ),
+        "dashboard": (
+            "serve optuna-dashboard for a study",
+            [_DIRECTORY, ("--port", {"type": int, "default": 8080, "help": "of the page (%(default)s)"})],
+        ),
+        "validate": (
+            "check a search-space file",
+            [("file", {"type": Path, "metavar": "FILE.yaml", "help": "what to check"}), _SET],
+        ),
+        "schema": ("print the JSON schema of search-space files, for editors", []),
+    }
+    for name, (what, arguments) in looks.items():
+        command = commands.add_parser(name, help=what, description=f"{what[:1].upper()}{what[1:]}.")
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
+        command.set_defaults(run=_look, look=name)
+
+
+def _look(arguments: argparse.Namespace) -> int:
+    from acmds_tune import commands  # imports pydantic's schemas and plots' helpers
+
+    values = {name: value for name, value in vars(arguments).items() if name not in ("run", "look")}
+    if "set" in values:
+        values["fixed"] = dict(_pair(text) for text in values.pop("set"))
+    function = {"import": "import_study"}.get(arguments.look, arguments.look)
+    return int(getattr(commands, function)(**values))
 
 
 def _add_backend(command: argparse.ArgumentParser) -> None:
@@ -194,6 +247,8 @@ def _conclude(result: SearchResult, directory: Path) -> int:
         shown = ("samples_per_second", "val_loss", "val_accuracy", "headroom_min_gb", "batch_size_mean")
         text = ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures)
         print(f"best: trial {result.best.number}: {text}", file=sys.stderr)
+        for label, ratio in result.compared.items():
+            print(f"  {ratio:.3f} times {label}", file=sys.stderr)
     print(f"report: {directory / 'report.html'}", file=sys.stderr)
     if result.best is not None:
         print(f"train with it: acmds-train --config {directory / 'best.json'}", file=sys.stderr)

@@ -141,6 +141,19 @@ def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
     return result
 
 
+def against_baselines(study: StudyRecord) -> dict[str, float]:
+    """The first objective of the best, as a multiple of that of each baseline on the same seeds; by label."""
+    best, again = choose_best(study), confirmations(study)
+    ours = again.get(f"trial {best.number}") if best is not None else None
+    if ours is None or ours.means is None:
+        return {}
+    return {
+        label: ours.means[0] / found.means[0]
+        for label, found in again.items()
+        if not label.startswith("trial ") and found.means is not None and found.means[0]
+    }
+
+
 LONGEST_GAP_S = 60.0
 """A longer time without any trial is one in which the search did not run."""
 
@@ -183,6 +196,12 @@ def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
         return all(a <= b for a, b in zip(one, other, strict=True)) and one != other
 
     return [i for i, point in enumerate(points) if not any(beats(other, point) for other in points)]
+
+
+def front_of(study: StudyRecord) -> list[TrialRecord]:
+    """The feasible candidates that no other beats in all objectives."""
+    trials = study.feasible
+    return [trials[position] for position in pareto_front([costs(study, trial) for trial in trials])]
 
 
 def choose_best(study: StudyRecord, stages: Sequence[str] | None = None) -> TrialRecord | None:

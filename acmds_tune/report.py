@@ -12,13 +12,21 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.errors import ConfigError
-from acmds_tune.columns import CONFIG_PREFIX, EVENT_COLUMNS, FIGURES, STATUSES, Column, trial_columns
+from acmds_tune.columns import (
+    CONFIG_PREFIX,
+    EVENT_COLUMNS,
+    FIGURES,
+    STATUSES,
+    Column,
+    described_trial_columns,
+    trial_columns,
+)
 from acmds_tune.journal import JOURNAL, readable
 from acmds_tune.records import (
     DONE,
@@ -28,6 +36,7 @@ from acmds_tune.records import (
     TrialRecord,
     choose_best,
     confirmations,
+    front_of,
     why_no_best,
 )
 
@@ -210,17 +219,56 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def write_tables(study_dir: str | Path, study: StudyRecord | None = None) -> None:
-    """Write trials.csv and events.csv anew."""
+    """Write trials.csv, trials.parquet, pareto.csv and events.csv anew."""
     study_dir = Path(study_dir)
     study = study or load_study(study_dir)
     header = trial_columns(study.searched)
-    write_atomically(study_dir / "trials.csv", _csv(header, (_row(trial, study) for trial in study.trials)))
+    rows = [_row(trial, study) for trial in study.trials]
+    write_atomically(study_dir / "trials.csv", _csv(header, rows))
+    write_parquet(study_dir / "trials.parquet", header, rows)
+    front = {trial.number for trial in front_of(study)}
+    write_atomically(study_dir / "pareto.csv", _csv(header, (row for row in rows if row["trial"] in front)))
     events = (event for trial in study.trials for event in read_events(study_dir, trial.number))
     write_atomically(study_dir / "events.csv", _csv([column.name for column in EVENT_COLUMNS], events))
 
 
+def write_parquet(path: Path, header: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` as Parquet, with the types of the columns also where cells are empty."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {"int": pyarrow.int64(), "float": pyarrow.float64(), "bool": pyarrow.bool_(), "str": pyarrow.string()}
+    types = {column.name: kinds[column.dtype] for column in described_trial_columns() if column.dtype in kinds}
+    columns = {}
+    for name in header:
+        values = [row.get(name) for row in rows]
+        if name in types:
+            columns[name] = pyarrow.array(values, types[name])
+            continue
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(numbers) + values.count(None) < len(values) and not all(isinstance(v, bool | None) for v in values):
+            values = [None if value is None else str(value) for value in values]  # a setting of several types
+        columns[name] = pyarrow.array(values)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        parquet.write_table(pyarrow.table(columns), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_importances(study_dir: Path, shares: Mapping[str, Mapping[str, float]]) -> None:
+    """Write importance.csv: one row a setting and objective."""
+    rows = [
+        {"objective": objective, "setting": name, "share": share}
+        for objective, found in shares.items()
+        for name, share in sorted(found.items(), key=lambda item: -item[1])
+    ]
+    write_atomically(study_dir / "importance.csv", _csv(["objective", "setting", "share"], rows))
+
+
 def write_data(study_dir: str | Path) -> None:
-    """Write trials.csv, events.csv and, where a trial is feasible, best.json: all that others read, but not the page.
+    """Write the tables and, where a trial is feasible, best.json: all that others read, but not the page.
 
     Cheap enough to be called after each trial, so that whatever ends the search, what it found is there.
     """
@@ -273,18 +321,20 @@ def _confirmed(study: StudyRecord, found: Confirmation) -> dict[str, Any]:
 
 
 def write_html(study_dir: str | Path, study: StudyRecord | None = None) -> Path:
-    """Write report.html and return its path."""
+    """Write report.html and importance.csv, and return the path of the page."""
     from acmds_tune.report_html import page  # imports plotly
 
     study_dir = Path(study_dir)
     study = study or load_study(study_dir)
     path = study_dir / "report.html"
-    write_atomically(path, page(study, study_dir, read_environment(study_dir), importances(study_dir)))
+    shares = importances(study_dir)
+    write_importances(study_dir, shares)
+    write_atomically(path, page(study, study_dir, read_environment(study_dir), shares))
     return path
 
 
 def write_all(study_dir: str | Path) -> TrialRecord | None:
-    """Write trials.csv, events.csv, best.json and report.html; return the best trial, or None."""
+    """Write the tables, best.json and report.html; return the best trial, or None."""
     study = load_study(study_dir)
     write_tables(study_dir, study)
     best = write_best(study_dir, study)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from acmds_tune.records import Objective, StudyRecord, TrialRecord, pareto_front
+from acmds_tune.records import Objective, StudyRecord, TrialRecord, confirmations, pareto_front
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -223,8 +223,80 @@ def history(study: StudyRecord, marked: Marked) -> Figure | None:
         "hoverinfo": "skip",
     }
     x_axis = axis("Trial", tickformat="d", range=[-1, last + 1], **({"dtick": 1} if last < 10 else {}))
-    data = [*([line] if so_far else []), *scatter(study, marked, points)]
+    data = [*([line] if so_far else []), *baseline_lines(study), *scatter(study, marked, points)]
     return {"data": data, "layout": layout(xaxis=x_axis, yaxis=axis(label(objective.name)))}
+
+
+def baseline_lines(study: StudyRecord) -> list[Figure]:
+    """A dashed line over all trials for each baseline: its mean over the seeds where it was confirmed, else its run."""
+    again = confirmations(study)
+    values = {label: found.means[0] for label, found in again.items() if found.means and not label.startswith("trial ")}
+    for trial in study.of_stages(("baseline",)):
+        if trial.feasible and trial.values and not any(label.startswith("fixed") for label in values):
+            values.setdefault(trial.label, trial.values[0])
+    last = study.trials[-1].number if study.trials else 0
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": html.escape(label, quote=False),
+            "x": [0, last],
+            "y": [value, value],
+            "line": {"color": INK, "width": 1, "dash": dash},
+            "hovertemplate": f"{html.escape(label, quote=False)}: {number(value)}<extra></extra>",
+        }
+        for dash, (label, value) in zip(("dash", "dot", "dashdot", "longdash"), values.items(), strict=False)
+    ]
+
+
+def slices(study: StudyRecord, marked: Marked) -> Figure | None:
+    """The first objective over each searched setting, one small plot each; None where no trial has a value."""
+    objective, columns = study.objectives[0], 3
+    rows = [row for row in study.trials if row.figures.get(objective.name) is not None and row.status != "running"]
+    names = [name for name in study.searched if len({str(row.config.get(name)) for row in rows}) > 1][:12]
+    if not names or len(rows) < 2:
+        return None
+    lines = math.ceil(len(names) / columns)
+    data, axes = [], {}
+    for position, name in enumerate(names):
+        across, down = position % columns, position // columns
+        number_ = "" if position == 0 else str(position + 1)
+        left, height = across / columns, 1 / lines
+        top = 1 - down * height
+        values = [row.config.get(name) for row in rows]
+        plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        positive = plain and min(values) > 0 and max(values) / min(values) >= 50  # type: ignore[type-var,operator]
+        kind = {"type": "log"} if positive else {} if plain else {"type": "category"}
+        domains = {"domain": [left + 0.03 * bool(across), left + 1 / columns - 0.03]}
+        axes[f"xaxis{number_}"] = axis(name, anchor=f"y{number_}", **domains, **kind)
+        axes[f"yaxis{number_}"] = axis(
+            "", anchor=f"x{number_}", domain=[top - height * 0.68, top], showticklabels=across == 0
+        )
+        for good in (False, True):
+            shown = [row for row in rows if row.feasible is good]
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": "feasible" if good else "not feasible",
+                    "showlegend": position == 0,
+                    "legendgroup": str(good),
+                    "x": [row.config.get(name) if plain else setting_text(row.config.get(name)) for row in shown],
+                    "y": [row.figures[objective.name] for row in shown],
+                    "xaxis": f"x{number_}",
+                    "yaxis": f"y{number_}",
+                    "text": [hover(row, study.searched) for row in shown],
+                    "hovertemplate": "%{text}<extra></extra>",
+                    "marker": {"size": 7, "color": ACCENT if good else GREY, "opacity": 0.8 if good else 0.5},
+                }
+            )
+    del marked
+    return {"data": data, "layout": layout(110 + 210 * lines, **axes)}
+
+
+def setting_text(value: Any) -> str:
+    """A choice as one would write it in a configuration file."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def importance(shares: Mapping[str, Mapping[str, float]]) -> Figure | None:

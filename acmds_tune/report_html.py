@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def page(
             words.head(study, environment),
             words.tiles(best, baseline) if best else f'<p class="alert">{text(why_no_best(study))}</p>',
             words.best_settings(study, best, study_dir.resolve().name) if best else "",
-            comparisons(study, marked, shares, plots),
+            words.confirmation(study, best),
+            comparisons(
+                replace(study, trials=[*study.candidates, *study.of_stages(("baseline",))]), marked, shares, plots
+            ),
             responses(study, study_dir, plots),
             words.all_trials(study, best),
             words.bad_ends(study),
@@ -139,6 +143,14 @@ def comparisons(
             "Which settings set the best tenth of the trials apart (PED-ANOVA), not in which direction.",
             figures.importance(shares),
             too_few,
+            into,
+        ),
+        plot(
+            "slices",
+            "Slices",
+            "The first objective over each searched setting. What rises or falls through all trials matters.",
+            figures.slices(replace(study, trials=study.candidates), marked),
+            "Needs two trials that differ.",
             into,
         ),
     ]

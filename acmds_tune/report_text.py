@@ -10,7 +10,7 @@ from typing import Any
 
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_tune.columns import FIGURES, STATUSES
-from acmds_tune.records import DONE, StudyRecord, TrialRecord, rule_of_choice
+from acmds_tune.records import DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
 from acmds_tune.report_figures import number
 
 MOST_ROWS = 500
@@ -50,6 +50,8 @@ def head(study: StudyRecord, environment: Mapping[str, Any]) -> str:
     facts = {
         "started": study.created[:16].replace("T", " "),
         "report made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "GPU busy": share_text(busy_share(study)),
+        "training": share_text(busy_share(study, "training_seconds")),
         "time in trials": duration(sum(trial.seconds or 0.0 for trial in study.trials)),
         **flat(environment),
     }
@@ -64,6 +66,53 @@ def head(study: StudyRecord, environment: Mapping[str, Any]) -> str:
         f"{len(study.trials)} trial{'s' if len(study.trials) != 1 else ''}{': ' + ended if ended else ''}.</p>"
         f'<dl class="about">{rows}</dl></header>'
     )
+
+
+def share_text(share: float | None) -> str:
+    """A share of the search's wall time."""
+    return "" if share is None else f"{share:.0%} of the wall time"
+
+
+def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
+    """What was run on several seeds, the baselines beside it, and the drift of the machine; nothing without these."""
+    again, objective = confirmations(study), study.objectives[0]
+    ours = again.get(f"trial {best.number}") if best else None
+    rows = []
+    for label, found in again.items():
+        mean = found.means[0] if found.means else None
+        ratio = mean / ours.means[0] if ours and ours.means and ours.means[0] and mean is not None else None
+        named = f"{label} (the best)" if found is ours else label
+        cells = (
+            len(found.trials), number(mean), number(found.deviations[0]) if found.deviations else "–",
+            number(ratio), "yes" if found.feasible else "no",
+        )  # fmt: skip
+        rows.append(f"<tr><td>{text(named)}" + "".join(f"<td class=n>{text(cell)}" for cell in cells))
+    for trial in study.of_stages(("baseline",)):
+        if trial.status == "running" or trial.interrupted or trial.label in again:
+            continue
+        value = trial.figures.get(objective.name)
+        cells = (1, number(value), "–", "–", "yes" if trial.feasible else "no")
+        rows.append(f"<tr><td>{text(trial.label)}" + "".join(f"<td class=n>{text(cell)}" for cell in cells))
+    drift = anchor_drift(study)
+    if not rows and not drift:
+        return ""
+    heads = (
+        f"<thead><tr><th>what<th>runs<th>mean {text(objective.name)}<th>standard deviation<th>of the best<th>feasible"
+    )
+    what = "Runs with the same seeds, none of which chose the best." if again else "One run each; not confirmed."
+    table = f"<table class=trials>{heads}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
+    return f"<section><h2>Confirmation and baselines</h2><p class=muted>{what}</p>{table}{drift}</section>"
+
+
+def anchor_drift(study: StudyRecord) -> str:
+    """What the same settings measured over the study."""
+    first, objective = study.trials[0] if study.trials else None, study.objectives[0].name
+    anchors = [trial for trial in study.of_stages(("anchor",)) if trial.figures.get(objective) is not None]
+    before = first.figures.get(objective) if first else None
+    if not anchors or not before:
+        return ""
+    shown = ", ".join(f"{100 * ((trial.figures[objective] or 0.0) / before - 1):+.1f} %" for trial in anchors)
+    return f"<p class=note>Drift: the default settings, run again, measured {text(shown)} against their first run.</p>"
 
 
 def flat(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -164,13 +213,14 @@ def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
     """The table of all trials, sortable."""
     names = ["samples_per_second", "oom_events", "peak_reserved_gb", "headroom_min_gb", "headroom_breach_fraction"]
     names += ["batch_size_mean", "val_loss", "val_accuracy"]
-    heads = ["trial", "status", *names, "seconds", *study.searched]
+    heads = ["trial", "stage", "status", *names, "seconds", *study.searched]
     wordy = {name for name in study.searched if any(is_word(trial.config.get(name)) for trial in study.trials)}
-    aligned = {name: "" if name == "status" or name in wordy else " class=n" for name in heads}
+    aligned = {name: "" if name in ("stage", "status") or name in wordy else " class=n" for name in heads}
     rows = []
     for trial in study.trials[:MOST_ROWS]:
         kind = " class=best" if trial is best else "" if trial.feasible else " class=off"
-        cells = [str(trial.number), trial.status, *(figure(trial, name) for name in names), number(trial.seconds)]
+        what = trial.label if trial.stage == "search" else f"{trial.stage} {trial.label}".strip()
+        cells = [str(trial.number), what, trial.status, *(figure(trial, name) for name in names), number(trial.seconds)]
         cells += [setting(trial.config.get(name)) for name in study.searched]
         marked = (f"<td{aligned[name]}>{text(cell)}" for name, cell in zip(heads, cells, strict=True))
         rows.append(f"<tr{kind}>{''.join(marked)}")

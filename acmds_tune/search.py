@@ -11,7 +11,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from acmds_tune.driver import INTERRUPTED, Driver
 from acmds_tune.journal import make_room
 from acmds_tune.objective import DEFAULT_OBJECTIVE
 from acmds_tune.progress import Display
-from acmds_tune.records import TrialRecord
+from acmds_tune.records import TrialRecord, against_baselines
 from acmds_tune.report import write_all, write_data
 from acmds_tune.space import Space
 from acmds_tune.stages import planned
@@ -42,6 +42,9 @@ class SearchResult:
 
     missing: int
     """Trials that were not run."""
+
+    compared: Mapping[str, float] = field(default_factory=dict)
+    """The confirmed best's first objective as a multiple of that of each baseline."""
 
     @property
     def interrupted(self) -> bool:
@@ -128,7 +131,8 @@ def run_search(
             if study.missing == 0:
                 shutil.rmtree(directory / CACHE, ignore_errors=True)
             # while Ray still runs: nothing that goes wrong in its shutdown can cost the report
-            return SearchResult(directory, write_all(directory), driver.ending, study.missing)
+            best = write_all(directory)
+            return SearchResult(directory, best, driver.ending, study.missing, against_baselines(study.record()))
     except BaseException as error:
         if study is not None:
             with _uninterruptible():

@@ -462,6 +462,13 @@ def read_about(directory: Path) -> dict[str, Any]:
     return dict(about)
 
 
+def serve_dashboard(directory: Path, port: int) -> None:
+    """Serve optuna-dashboard for the study in `directory`, on this machine only."""
+    from optuna_dashboard import run_server
+
+    run_server(_storage(directory), host="127.0.0.1", port=port)
+
+
 def _plain(value: Any) -> str:
     return "not measured" if value is None else f"{value:g}"
 

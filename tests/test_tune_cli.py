@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from acmds_optimizer.config import TrainConfig
@@ -14,10 +19,12 @@ from acmds_optimizer.config import load as load_config
 from acmds_tune import doctor, search
 from acmds_tune.cli import main
 from acmds_tune.doctor import Finding
+from acmds_tune.journal import hold
 from acmds_tune.objective import Ended
 from acmds_tune.search import SearchResult
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
+from acmds_tune.space_yaml import read
 from acmds_tune.study import SearchStudy
 from tests.fake_objectives import figures
 
@@ -136,6 +143,135 @@ def test_a_changed_copy_of_the_file_in_the_study_is_refused_with_the_difference(
     (study / "study.yaml").write_text(TEXT.replace("high: 0.1", "high: 0.3"), encoding="utf-8")
     assert main(["resume", str(study)]) == 2
     assert "search.lr.high: 0.1 in the study, 0.3 now" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Path:
+    """A study with a baseline, an anchor and a confirmation: faster towards lr 0.01, the halving at 500."""
+    text = TEXT.replace("trials: 2", "trials: 3")
+    text += "baselines: [default, halving]\nconfirm: {top: 1, seeds: 2}\nanchor_every: 2\n"
+    (tmp_path / "compared.yaml").write_text(text, encoding="utf-8")
+    made = SearchStudy.create(tmp_path / "results" / "compared", load(tmp_path / "compared.yaml"), text, {})
+    while made.missing:
+        proposal = made.propose()
+        measured = figures(proposal.settings["lr"])
+        if proposal.label == "halving":
+            measured["samples_per_second"] = 500.0
+        made.finish(proposal.number, Ended("ok", "finished", measured, 1.0))
+    made.close()
+    return made.directory
+
+
+def test_status_says_how_far_a_study_is_and_what_is_best(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(compared)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "compared: no search is running",
+        "trials: 3 search, 1 anchor, 1 baseline, 4 confirm",
+        "asked for: 3",
+    ]
+    assert "± 0 (n=2)" in next(line for line in lines if line.startswith("best: trial"))
+    assert "  default: samples_per_second 100 (mean of 2)" in lines
+    descriptor = hold(compared)
+    try:
+        main(["status", str(compared)])
+    finally:
+        os.close(descriptor)
+    assert capsys.readouterr().out.startswith("compared: a search is running")
+
+
+def test_show_prints_all_trials_or_one(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(compared)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 1 + 9 + 1
+    assert any("baseline halving" in row and "500" in row for row in rows)
+    assert main(["show", str(compared), "0"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("trial 0 of compared: search default\nstatus: ok (finished)\nsamples_per_second: 100\n")
+    assert main(["show", str(compared), "99"]) == 2
+    assert "has no trial 99; its trials are 0 to 8" in capsys.readouterr().err
+
+
+def test_compare_prints_what_differs_between_the_best_of_two_studies(
+    compared: Path, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(study), str(compared)]) == 0
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "samples_per_second 100 (one run)" in lines["best"]
+    assert "(n=2)" in lines["best"]
+    assert lines["config/lr"].split()[1] == "0.001"
+    assert "config/model" not in lines
+
+
+def test_import_makes_another_studys_trials_known(
+    study: Path, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", str(study), str(compared)]) == 0
+    assert f"3 trials of {compared} are known to the sampler of {study}" in capsys.readouterr().out
+    assert main(["show", str(study)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 2 + 1  # they are not trials of this study
+    assert main(["import", str(study), str(study.parent)]) == 2
+
+
+def test_validate_checks_a_file_without_starting_anything(space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(space_file)]) == 0
+    assert "searches 1 settings to maximize samples_per_second, about 2 trials" in capsys.readouterr().out
+    assert main(["validate", str(space_file), "--set", "modle=x"]) == 2
+
+
+def test_the_dashboard_is_served_from_the_journal_or_says_how_to_install_it(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["dashboard", str(study)]) == 1
+    assert "pip install optuna-dashboard" in capsys.readouterr().err
+    served = []
+    module = ModuleType("optuna_dashboard")
+    module.run_server = lambda storage, host, port: served.append((len(storage.get_all_studies()), host, port))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert main(["dashboard", str(study), "--port", "8123"]) == 0
+    assert served == [(1, "127.0.0.1", 8123)]
+
+
+def test_every_search_space_fits_the_schema_and_a_misspelt_key_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    jsonschema = pytest.importorskip("jsonschema", reason="checks files against the schema")
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in sorted((Path(__file__).resolve().parent.parent / "search_spaces").glob("*.yaml")):
+        validator.validate(read(path)[0])
+    wrongs: list[dict[str, Any]] = [
+        {"trails": 3},
+        {"search": {"modle": {}}},
+        {"search": {"lr": {"lo": 1}}},
+        {"trials": 0},
+    ]
+    for wrong in wrongs:
+        assert not validator.is_valid({"search": {"lr": {"low": 1e-3, "high": 1e-2}}, **wrong})
+    assert schema["properties"]["fixed"]["properties"]["lr"]["description"] == "Peak learning rate."
+
+
+def test_the_tables_are_written_as_parquet_with_their_types_and_the_front_by_itself(compared: Path) -> None:
+    main(["report", str(compared)])
+    table, rows = pd.read_parquet(compared / "trials.parquet"), pd.read_csv(compared / "trials.csv")
+    assert list(table.columns) == list(rows.columns)
+    assert (table.oom_events.dtype, table.feasible.dtype) == (np.int64, bool)
+    assert list(table.samples_per_second) == list(rows.samples_per_second)
+    front = pd.read_csv(compared / "pareto.csv")
+    assert list(front.trial) == [json.loads((compared / "best.json").read_text())["acmds_study"]["trial"]]
+    assert list(pd.read_csv(compared / "importance.csv").columns) == ["objective", "setting", "share"]
+
+
+def test_the_page_and_best_json_tell_the_confirmation_the_baselines_and_the_drift(compared: Path) -> None:
+    main(["report", str(compared)])
+    page = (compared / "report.html").read_text(encoding="utf-8")
+    assert "Confirmation and baselines" in page
+    assert "Drift: the default settings, run again, measured +0.0 %" in page
+    assert "<tr><td>halving<td class=n>1<td class=n>500" in page
+    about = json.loads((compared / "best.json").read_text(encoding="utf-8"))["acmds_study"]
+    assert about["confirmed"]["seeds"] == about["compared_with"]["default"]["seeds"]
+    assert about["compared_with"]["default"]["samples_per_second"]["mean"] == pytest.approx(100.0)
 
 
 def test_doctor_fails_where_a_check_fails_and_only_then(
