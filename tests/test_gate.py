@@ -13,7 +13,7 @@ from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.curriculum import scoring
 from acmds_optimizer.curriculum.difficulty import ScoreStore
 from acmds_optimizer.curriculum.feedback import Feedback
-from acmds_optimizer.curriculum.gate import NoiseGate, flag, otsu_split
+from acmds_optimizer.curriculum.gate import NoiseGate, find_split, flag, otsu_cut
 from acmds_optimizer.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -21,23 +21,33 @@ CPU = torch.device("cpu")
 # --- the split
 
 
-def test_otsu_cuts_in_the_middle_of_the_gap_between_two_classes():
-    split = otsu_split(np.array([0.1] * 80 + [0.9] * 20))
+def test_two_classes_are_split_in_the_middle_of_the_gap_between_them():
+    split = find_split(np.array([0.1] * 80 + [0.9] * 20))
     assert split.threshold == pytest.approx(0.5, abs=0.02)
     assert (split.lower_mode, split.upper_mode) == pytest.approx((0.1, 0.9), abs=0.04)
     assert split.valley == 0.0
     assert split.clear
 
 
-def test_otsu_is_where_the_variance_between_the_classes_is_largest():
-    values = np.concatenate((np.random.default_rng(0).beta(2, 8, 3000), np.random.default_rng(1).beta(9, 2, 1000)))
+def test_otsus_cut_is_where_the_variance_between_the_classes_is_largest():
+    density = np.array([0.3, 0.2, 0.0, 0.1, 0.0, 0.0, 0.1, 0.3])
+    positions = np.arange(8)
 
-    def between(cut: float) -> float:
-        low, high = values[values <= cut], values[values > cut]
-        return len(low) * len(high) * (low.mean() - high.mean()) ** 2
+    def between(cut: int) -> float:
+        low, high = density[: cut + 1], density[cut + 1 :]
+        means = (low @ positions[: cut + 1] / low.sum(), high @ positions[cut + 1 :] / high.sum())
+        return float(low.sum() * high.sum() * (means[1] - means[0]) ** 2)
 
-    best = max(np.arange(1, 64) / 64, key=between)
-    assert otsu_split(values).threshold == pytest.approx(best, abs=1.5 / 64)
+    assert between(otsu_cut(density)) == pytest.approx(max(between(cut) for cut in range(7)))
+    assert otsu_cut(np.array([0.5, 0.0, 0.0, 0.0, 0.0, 0.5])) == 2, "the middle of an empty gap"
+
+
+def test_a_wide_class_does_not_draw_the_split_into_itself():
+    rng = np.random.default_rng(0)
+    wide, narrow = rng.beta(1.5, 3.0, 8000), rng.normal(0.9, 0.03, 2000).clip(0, 1)
+    split = find_split(np.concatenate((wide, narrow)))
+    assert 0.75 < split.threshold < 0.86
+    assert split.clear
 
 
 @pytest.mark.parametrize(
@@ -45,13 +55,13 @@ def test_otsu_is_where_the_variance_between_the_classes_is_largest():
     [
         pytest.param(np.random.default_rng(0).uniform(0, 1, 5000), id="no valley"),
         pytest.param(np.random.default_rng(0).beta(2, 3, 5000), id="one hump"),
-        pytest.param(np.array([0.05] * 900 + [0.5] * 100), id="the upper class is not contradicted"),
+        pytest.param(np.array([0.05] * 900 + [0.45] * 100), id="the upper class is not contradicted"),
         pytest.param(np.array([0.6] * 500 + [0.85] * 500), id="too near"),
         pytest.param(np.full(100, 0.5), id="all alike"),
     ],
 )
 def test_what_is_not_two_classes_of_which_one_is_contradicted_is_not_clear(difficulty):
-    assert not otsu_split(difficulty).clear
+    assert not find_split(difficulty).clear
 
 
 def test_never_more_than_half_of_a_class_is_flagged_and_the_most_difficult_first():
@@ -118,7 +128,7 @@ def test_once_on_the_gate_lets_go_of_samples_that_the_model_comes_to_agree_with(
 def test_without_a_clear_split_nothing_is_flagged():
     gate = NoiseGate(40, "auto")
     for epoch in range(9):
-        feed(gate, [3, 8, 17], {True: 0.9, False: 0.5})
+        feed(gate, [3, 8, 17], {True: 0.5, False: 0.3})
         assert not gate.end_epoch((epoch + 1) / 10)
     assert not gate.flagged.any()
 

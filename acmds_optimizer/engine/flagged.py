@@ -27,7 +27,7 @@ COLUMNS = {
     "label": "class that the data gives it",
     "prediction": "class that the model gave it at its last visit",
     "confidence": "probability of that prediction",
-    "difficulty": "1 - exp(-its averaged loss), in [0, 1]",
+    "difficulty": "1 - exp(-its averaged loss / ln of the number of classes), in [0, 1]; 0.63 is guessing",
 }
 """Columns of flagged.csv, the worst first, and what they mean."""
 
@@ -46,7 +46,7 @@ def write_flagged(folder: Path, dataset: Dataset[Any], gate: NoiseGate, classes:
         classes: names by class number; None: the numbers.
     """
     flagged = np.flatnonzero(gate.flagged)
-    difficulty = gate.losses.difficulty().cpu().numpy()
+    difficulty = gate.difficulty()
     labels, predictions, confidences = (
         tensor.cpu().numpy() for tensor in (gate.labels, gate.predictions, gate.confidences)
     )
