@@ -25,6 +25,7 @@ EPILOG = """examples:
   acmds-train --model resnet50 --dataset cifar10 --num-classes 10 --epochs 50
   acmds-train --config results/quickstart/best.json --epochs 20
   acmds-train --model resnet50 --dataset path/to/images --target-headroom-gb 4 --min-batch-size 8 --max-batch-size 32
+  acmds-train --model resnet50 --dataset cifar10 --dry-run
   acmds-train --resume runs/my_run
   acmds-train --evaluate runs/my_run/best.pt
   acmds-train export runs/my_run/best.pt my_model.safetensors
@@ -46,6 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--evaluate", metavar="CKPT", help="only validate a checkpoint's weights; settings are its run's unless given"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what the model needs, and what batch would fit; without a GPU",
     )
     parser.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress display; warnings only")
@@ -101,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train_or_evaluate(argv: Sequence[str]) -> int:
     options = vars(build_parser().parse_args(argv))
-    own = {name: options.pop(name) for name in ("config", "resume", "evaluate", "log_file", "quiet")}
+    own = {name: options.pop(name) for name in ("config", "resume", "evaluate", "dry_run", "log_file", "quiet")}
     _set_up_logging(own["log_file"], quiet=own["quiet"])
+    if own["dry_run"]:
+        return _dry_run(own, options)
     return _evaluate(own, options) if own["evaluate"] else _train(own, options)
 
 
@@ -116,6 +124,14 @@ def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:
     config = load(own["config"], _without_none(flags), state["config"])
     for name, value in evaluate_checkpoint(state, config).items():
         print(f"{name}: {value}")
+    return 0
+
+
+def _dry_run(own: dict[str, Any], flags: dict[str, Any]) -> int:
+    config, _ = _resolve(own["config"], Path(own["resume"]) if own["resume"] else None, flags)
+    from acmds_optimizer.engine.run import dry_run
+
+    print("\n".join(dry_run(config)))
     return 0
 
 

@@ -27,7 +27,7 @@ def resolve(*arguments: str) -> TrainConfig:
     flags = {
         name: value
         for name, value in options.items()
-        if name not in ("config", "resume", "evaluate", "log_file", "quiet")
+        if name not in ("config", "resume", "evaluate", "dry_run", "log_file", "quiet")
     }
     return cli._resolve(options["config"], None, flags)[0]
 

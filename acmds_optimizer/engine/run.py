@@ -20,6 +20,7 @@ from torch import nn
 from acmds_optimizer import __version__
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.engine import checkpoint
+from acmds_optimizer.engine import dry_run as dry_run_engine
 from acmds_optimizer.engine.flagged import TABLE, write_flagged
 from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import open_scalar_logs
@@ -185,6 +186,29 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
         memory=memory, val_dataset=bundle.val, bundle=bundle,
     ) as trainer:  # fmt: skip
         return trainer.evaluate()
+
+
+_KNOWN = {"digits": ((1, 8, 8), 10, 1797), "cifar10": ((3, 32, 32), 10, 60_000), "cifar100": ((3, 32, 32), 100, 60_000)}
+"""Shape of an image, classes and images of data sets that a dry run need not download."""
+
+
+def dry_run(config: TrainConfig) -> list[str]:
+    """A summary of the model, and what it would need on a card, without a GPU and without training.
+
+    Raises:
+        ACMDSError: as for `run_training`.
+    """
+    known = _KNOWN.get(config.dataset)
+    if known is not None and config.image_size is None:
+        shape, classes, images = known
+        bundle = DataBundle(None, None, config.num_classes or classes, None, shape)  # type: ignore[arg-type]  # unread
+    else:
+        bundle = build_data(config)
+        shape = bundle.image_shape
+        images = sum(len(part) for part in (bundle.train, bundle.val) if part is not None)  # type: ignore[arg-type]
+    resident = dry_run_engine.resident_bytes(config, shape, images)
+    prediction = dry_run_engine.predict(make_model(config, bundle), shape, config, resident)
+    return dry_run_engine.report(prediction, shape, config)
 
 
 def make_model(config: TrainConfig, bundle: DataBundle) -> nn.Module:

@@ -1,0 +1,201 @@
+"""What a configuration would need, before it needs it: a step on fake tensors, which have sizes but no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from acmds_optimizer.config import GIB, TrainConfig
+from acmds_optimizer.engine.data import RESIDENT_LIMIT_BYTES
+from acmds_optimizer.engine.loss import make_loss
+from acmds_optimizer.engine.prepare import amp_dtype, build_optimizer, checkpoint_activations
+from acmds_optimizer.errors import DataError
+from acmds_optimizer.memory.guard import create_optimizer_state
+from acmds_optimizer.zoo import SMALL_IMAGE_PX
+
+CARD_GB = 23.2
+"""What the allocator of a 24 GB card can hold, once the driver has its part."""
+
+_SIZES = (4, 256, 512)
+"""Micro-batches that are tried. Peak memory is a line in the micro-batch, but for small ones the gradients' peak."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found. Bytes; 2**30 are a GB.
+
+    Attributes:
+        layers: (name, type, parameters, shape of the output without the batch) of the model's parts.
+        parameters: how many there are.
+        trained: how many of them are trained.
+        sizes: micro-batches that were tried.
+        peaks: peak bytes of a step at each of them.
+    """
+
+    layers: list[tuple[str, str, int, str]]
+    parameters: int
+    trained: int
+    sizes: tuple[int, ...]
+    peaks: tuple[int, ...]
+
+    @property
+    def bytes_per_sample(self) -> float:
+        return (self.peaks[-1] - self.peaks[-2]) / (self.sizes[-1] - self.sizes[-2])
+
+    def peak_bytes(self, micro_batch: int) -> int:
+        """Of a step with that micro-batch: the line through the larger sizes tried, and at least the smallest's."""
+        return max(self.peaks[0], round(self.peaks[-1] + (micro_batch - self.sizes[-1]) * self.bytes_per_sample))
+
+    def largest_batch(self, budget_bytes: float) -> int:
+        """The largest micro-batch whose peak fits; 0 where none does."""
+        if budget_bytes < self.peaks[0]:
+            return 0
+        return max(1, int((budget_bytes - self.peaks[-1]) / self.bytes_per_sample + self.sizes[-1]))
+
+
+def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resident_bytes: int = 0) -> Prediction:
+    """Peak memory of training steps of `model`, without a GPU and without the memory.
+
+    Counted are weights, gradients, optimizer state, averaged weights, activations, the inputs of a step, and data that
+    stays on the device. Not counted are workspaces of cuDNN and fragmentation.
+
+    Args:
+        model: on the CPU; its parameters are fake afterwards.
+        shape: of one input.
+        config: optimizer, precision, checkpointing of activations, effective batch.
+        resident_bytes: of data kept on the device.
+
+    Raises:
+        DataError: the model cannot run on fake tensors (it looks at values), or not with such inputs.
+    """
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    real = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    average = 0
+    if config.ema_decay is not None:
+        average = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    held = config.step_samples if config.batch_policy == "hold" else 0
+    input_bytes = 4 * torch.Size(shape).numel() + 24  # and target, index and weight
+    peaks, layers = [], []
+    for size in _SIZES:
+        try:
+            peak, layers = _step(model, real, shape, config, size)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"--dry-run: {config.model} does not run on inputs {shape} without data: {said}") from error
+        peaks.append(peak + average + resident_bytes + max(0, held - size) * input_bytes)
+    parameters = list(model.parameters())
+    return Prediction(
+        layers,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        _SIZES,
+        tuple(peaks),
+    )
+
+
+_Tensors = list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, Tensor | None]]]
+
+
+def _step(
+    model: nn.Module, real: _Tensors, shape: tuple[int, ...], config: TrainConfig, size: int
+) -> tuple[int, list[tuple[str, str, int, str]]]:
+    """Peak bytes of one step, and the model's parts."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    device = torch.device("cpu")  # fake CUDA tensors need a CUDA driver; sizes are the same
+    dtype = amp_dtype(config, device) if config.device == "cpu" else torch.bfloat16 if config.enable_amp else None
+    loss_fn = make_loss(config, None)
+    # fp16 needs as much as bf16, and graphs the casts of a weight in each use of it
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        _replace(real)
+        model.train()
+        optimizer = build_optimizer(model, config)
+        create_optimizer_state(optimizer)
+        inputs, targets = torch.empty(size, *shape), torch.zeros(size, dtype=torch.int64)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer, inputs, targets)
+        with tracker, _outputs(model) as layers:
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                logits = model(inputs)
+            losses, _ = loss_fn(logits.float(), targets)
+            losses.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        snapshot = tracker.get_tracker_snapshot("peak")
+    return max(int(values["Total"]) for values in snapshot.values()), layers
+
+
+def _replace(real: _Tensors) -> None:
+    """Put tensors of the same sizes into the modules: fake ones, within FakeTensorMode."""
+
+    def alike(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+
+    fakes: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module, parameters, buffers in real:
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                fake = nn.Parameter(alike(parameter), requires_grad=parameter.requires_grad)
+                module._parameters[name] = fakes.setdefault(id(parameter), fake)
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                module._buffers[name] = alike(buffer)
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[list[tuple[str, str, int, str]]]:
+    """The model's parts, filled in by its forward."""
+    layers: list[tuple[str, str, int, str]] = []
+
+    def note(name: str, module: nn.Module, output: object) -> None:
+        shape = "x".join(str(side) for side in output.shape[1:]) if isinstance(output, Tensor) else ""
+        layers.append((name, type(module).__name__, sum(p.numel() for p in module.parameters()), shape))
+
+    hooks = [
+        module.register_forward_hook(lambda module, _, output, name=name: note(name, module, output))
+        for name, module in model.named_children()
+    ]
+    try:
+        yield layers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def resident_bytes(config: TrainConfig, shape: tuple[int, ...], images: int) -> int:
+    """Bytes of data that `make_source` would keep on the device."""
+    size = torch.Size(shape).numel() * images
+    small = len(shape) == 3 and max(shape[1:]) <= SMALL_IMAGE_PX and config.auto_augment == "none"
+    return size if small and size <= RESIDENT_LIMIT_BYTES else 0
+
+
+def report(prediction: Prediction, shape: tuple[int, ...], config: TrainConfig) -> list[str]:
+    """Lines for a terminal."""
+    width = max([len(name) for name, *_ in prediction.layers] + [4])
+    lines = [f"{'part':<{width}}  {'type':<22} {'parameters':>12}  output"]
+    lines += [f"{name:<{width}}  {kind:<22} {count:>12,}  {output}" for name, kind, count, output in prediction.layers]
+    card = config.memory_limit_gb or CARD_GB
+    usable = (card - config.target_headroom_gb) * GIB
+    largest = prediction.largest_batch(usable)
+    chosen = max(1, min(config.max_batch_size, largest))
+    what = "a 24 GB card" if config.memory_limit_gb is None else "the card"
+    lines += [
+        "",
+        f"model: {config.model}, {prediction.parameters:,} parameters, {prediction.trained:,} of them trained",
+        f"input: {'x'.join(str(side) for side in shape)}",
+        f"memory_per_sample_mb: {prediction.bytes_per_sample / 2**20:.1f}",
+        f"largest_batch: {largest}, on {what} ({card:g} GB to allocate), {config.target_headroom_gb:g} GB kept free",
+        f"peak_gb: {prediction.peak_bytes(chosen) / GIB:.2f} at micro-batch {chosen}, for an effective batch of "
+        f"{config.step_samples}",
+    ]
+    if largest < 1:
+        lines.append(
+            "nothing fits: try --gradient-checkpointing, a smaller --image-size or model, or a smaller headroom"
+        )
+    return lines

@@ -1,0 +1,83 @@
+"""A dry run predicts what a run then takes, without a GPU and without the memory."""
+
+from __future__ import annotations
+
+import csv
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from acmds_optimizer import TrainConfig, cli, run_training
+from acmds_optimizer.config import GIB
+from acmds_optimizer.engine.dry_run import Prediction, predict
+from acmds_optimizer.errors import DataError
+from acmds_optimizer.zoo.models import SmallCNN, build_model
+
+
+def config(**settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {"model": "small_cnn", "dataset": "digits", "device": "cpu", "enable_amp": False}
+    return TrainConfig(**(defaults | settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_batch_size": 256}, {"max_batch_size": 256, "ema_decay": 0.9, "optimizer": "sgd", "min_batch_size": 64}],
+)
+def test_the_predicted_peak_is_that_of_a_run_on_the_cpu_card(settings, tmp_path):
+    asked = config(target_headroom_gb=0.0, knee_gain_fraction=0.0, max_steps=4, **settings)
+    run_training(asked, output_dir=tmp_path)
+    with (tmp_path / "steps.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["micro_batch"] == "256"]
+    real = max(float(row["peak_allocated_gb"]) for row in rows) * GIB
+    predicted = predict(SmallCNN(10, 1), (1, 8, 8), asked).peak_bytes(256)
+    assert predicted == pytest.approx(real, rel=0.1)
+
+
+def test_the_peak_is_a_line_in_the_micro_batch_over_a_floor():
+    prediction = Prediction([], 0, 0, sizes=(4, 256, 512), peaks=(1000, 2560 + 500, 5120 + 500))
+    assert prediction.bytes_per_sample == 10
+    assert [prediction.peak_bytes(size) for size in (1, 50, 51, 100, 1024)] == [1000, 1000, 1010, 1500, 10740]
+    assert [prediction.largest_batch(budget) for budget in (999, 1000, 1500, 10740)] == [0, 50, 100, 1024]
+
+
+def test_recomputed_activations_and_no_precision_change_the_prediction_as_they_should():
+    def per_sample(**settings) -> float:
+        model = build_model("resnet18", 10, image_size=32)
+        return predict(model, (3, 32, 32), config(device="cuda", **settings)).bytes_per_sample
+
+    half, full = per_sample(enable_amp=True), per_sample()
+    assert full == pytest.approx(2 * half, rel=0.15)
+    assert per_sample(gradient_checkpointing=True) < 0.7 * full
+
+
+def test_a_dry_run_needs_no_gpu_and_no_download_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--model", "small_cnn", "--dataset", "cifar10", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    figures = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+    assert figures["model"] == "small_cnn, 141,034 parameters, 141,034 of them trained"
+    assert "on a 24 GB card (23.2 GB to allocate), 3 GB kept free" in figures["largest_batch"]
+    assert int(figures["largest_batch"].split(",")[0]) > 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_that_is_too_small_is_said(capsys):
+    arguments = ["--model", "resnet18", "--dataset", "cifar10", "--dry-run", "--memory-limit-gb", "0.1"]
+    assert cli.main([*arguments, "--target-headroom-gb", "0"]) == 0
+    assert "nothing fits: try --gradient-checkpointing" in capsys.readouterr().out
+
+
+class LooksAtValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(inputs.flatten(1)) if inputs.sum().item() > 0 else inputs
+
+
+def test_a_model_that_looks_at_values_is_refused_in_words():
+    with pytest.raises(DataError, match=r"--dry-run: small_cnn does not run on inputs \(1, 8, 8\) without data"):
+        predict(LooksAtValues(), (1, 8, 8), config())
