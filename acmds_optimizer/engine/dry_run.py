@@ -80,7 +80,8 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
         average = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     held = config.step_samples if config.batch_policy == "hold" else 0
     input_bytes = 4 * torch.Size(shape).numel() + 24  # and target, index and weight
-    peaks, layers = [], []
+    peaks: list[int] = []
+    layers: list[tuple[str, str, int, str]] = []
     for size in _SIZES:
         try:
             peak, layers = _step(model, real, shape, config, size)

@@ -29,6 +29,7 @@ from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
+from acmds_optimizer.zoo.items import length
 from acmds_optimizer.zoo.models import build_model
 
 logger = logging.getLogger(__name__)
@@ -199,13 +200,14 @@ def dry_run(config: TrainConfig) -> list[str]:
         ACMDSError: as for `run_training`.
     """
     known = _KNOWN.get(config.dataset)
+    shape: tuple[int, ...]
     if known is not None and config.image_size is None:
         shape, classes, images = known
         bundle = DataBundle(None, None, config.num_classes or classes, None, shape)  # type: ignore[arg-type]  # unread
     else:
         bundle = build_data(config)
         shape = bundle.image_shape
-        images = sum(len(part) for part in (bundle.train, bundle.val) if part is not None)  # type: ignore[arg-type]
+        images = sum(length(part) for part in (bundle.train, bundle.val) if part is not None)
     resident = dry_run_engine.resident_bytes(config, shape, images)
     prediction = dry_run_engine.predict(make_model(config, bundle), shape, config, resident)
     return dry_run_engine.report(prediction, shape, config)
