@@ -28,6 +28,7 @@ EPILOG = """examples:
   acmds-train --model resnet50 --dataset cifar10 --dry-run
   acmds-train --resume runs/my_run
   acmds-train --evaluate runs/my_run/best.pt
+  acmds-train plot runs/my_run
   acmds-train export runs/my_run/best.pt my_model.safetensors
 
 Flags override the file, the file overrides the defaults; `none` takes back what may be none. GB are 2**30 bytes."""
@@ -149,7 +150,20 @@ def _export(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"export": _export}
+def _plot(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="acmds-train plot", description="Draw a run, finished or not: run.png and run.html in its folder."
+    )
+    parser.add_argument("run", help="the folder of a run")
+    options = parser.parse_args(argv)
+    from acmds_optimizer.pictures import draw_run
+
+    for path in draw_run(Path(options.run)):
+        print(path)
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"export": _export, "plot": _plot}
 """What `acmds-train` does beside training, by its first word."""
 
 
@@ -172,6 +186,7 @@ def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
 
     for name, value in to_plain(outcome).items():
         print(f"{name}: {value}")
+    _draw_if_possible(output_dir)
     if stop.asked and outcome.stopped_early:
         kept = f"; continue with: acmds-train --resume {output_dir}" if (output_dir / NEWEST).exists() else ""
         print(f"acmds-train: interrupted after step {outcome.steps}{kept}", file=sys.stderr)
@@ -179,6 +194,16 @@ def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
     kept = "records and checkpoint are" if (output_dir / NEWEST).exists() else "the records are"
     print(f"acmds-train: done; {kept} in {output_dir}", file=sys.stderr)
     return 0
+
+
+def _draw_if_possible(output_dir: Path) -> None:
+    """The pictures of a run that has ended: what they need is optional, and their failure is not the run's."""
+    from acmds_optimizer.pictures import draw_run
+
+    try:
+        draw_run(output_dir)
+    except ACMDSError as error:
+        logging.getLogger(__name__).info("no pictures: %s", " ".join(str(error).split()))
 
 
 def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path]:

@@ -21,6 +21,7 @@ from acmds_optimizer import __version__
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.engine import checkpoint
 from acmds_optimizer.engine import dry_run as dry_run_engine
+from acmds_optimizer.engine.epochs import EpochLog
 from acmds_optimizer.engine.flagged import TABLE, write_flagged
 from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import open_scalar_logs
@@ -110,6 +111,7 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
     saved_epoch = trainer.epoch
     keeps = output_dir is not None and config.checkpoint_every > 0
     files = checkpoint.CheckpointFolder(output_dir, config.keep_checkpoints) if keeps and output_dir else None
+    epochs = EpochLog(output_dir, trainer.step)
 
     def save(*, best: bool = False) -> None:
         if files is not None:
@@ -121,6 +123,9 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
 
     def after_epoch(figures: dict[str, float]) -> None:
         nonlocal saved_epoch
+        if "is_best" in figures:  # else the epoch was cut off, and a resumed run will write its row
+            difficulty = trainer.dataset.difficulty_scores
+            epochs.write(trainer.epoch, trainer.step, trainer.seconds, figures, difficulty)
         is_best = bool(figures.pop("is_best", False))
         trainer.recorder.scalars(trainer.step, figures)
         logger.info("epoch %d: %s", trainer.epoch, describe_epoch(figures, is_best=is_best))
@@ -130,7 +135,10 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
             saved_epoch = trainer.epoch
 
     trainer.after_step = after_step
-    trainer.fit(after_epoch)
+    try:
+        trainer.fit(after_epoch)
+    finally:
+        epochs.close()
     gate = trainer.feedback.gate
     if output_dir is not None and gate is not None and gate.flagged.any():
         write_flagged(output_dir, trainer.dataset.base_dataset, gate, data["class_names"])
