@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from acmds_optimizer.config import TrainConfig, build, field_names, nearest, to_dict
 from acmds_optimizer.errors import ConfigError
+from acmds_tune.controls import control_problems
 from acmds_tune.requires import DRAWS, all_hold, draw, parse_requirement
 from acmds_tune.space import (
     FIGURE_NAMES,
@@ -100,6 +101,8 @@ def _validate(values: dict[str, Any], source: Source) -> Space:
     _check_name(space, source)
     _check_fixed(space, source)
     _check_constraints(space, source)
+    for name, problem in control_problems(space):
+        source.complain(("search", name), problem)
     _check_conditions(space, source)
     _check_requirements(space, source)
     _check_stages(space, source)

@@ -354,3 +354,31 @@ def test_a_trial_trains_for_its_budget_and_the_best_settings_do_not_hold_it(read
     space = read("budget: {steps: 7, epochs: 2}\nfixed: {epochs: 50}\n" + SEARCH)
     assert space.trial_limits() == {"max_steps": 7, "epochs": 2, "checkpoint_every": 0}
     assert space.settings({"lr": 0.01}) == {"epochs": 50, "lr": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("search", "problem"),
+    [
+        ("direction: {values: [easy, hard]}", "search.direction: must have none among its values"),
+        ("noise_rate: {low: 0.1, high: 0.4}", "search.noise_rate: must have 0.0 among its values"),
+        ("start_resolution: {low: 0.3, high: 0.8}", "search.start_resolution: must have 1.0 among its values"),
+        ("start_fraction: {low: 0.2, high: 0.8}", "search.start_fraction: acts only with direction"),
+        ("resolution_stages: {values: [2, 4]}", "search.resolution_stages: acts only with start_resolution"),
+    ],
+)
+def test_a_search_over_a_curriculum_must_hold_the_run_without_it(problems: Any, search: str, problem: str) -> None:
+    assert any(problem in said for said in problems(f"search: {{{search}}}"))
+
+
+def test_a_search_over_a_curriculum_with_its_controls_is_accepted(read: Any) -> None:
+    space = read(
+        """
+        search:
+          direction: {values: [none, easy]}
+          start_fraction: {low: 0.2, high: 0.8, when: {direction: [easy]}}
+          noise_rate: {values: [0, auto, 0.2]}
+          start_resolution: {low: 0.5, high: 1.0}
+          resolution_stages: {low: 2, high: 5}
+        """
+    )
+    assert space.search["noise_rate"].values == [0.0, "auto", 0.2]

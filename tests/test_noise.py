@@ -1,0 +1,110 @@
+"""The noise gate in a whole training: what it changes, what it must not change, and what it leaves on the disk."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from acmds_optimizer import ACMDSTrainer, TrainConfig
+from acmds_optimizer.curriculum.gate import NoiseGate
+from acmds_optimizer.engine.flagged import write_flagged
+from acmds_optimizer.memory.device import BudgetedCpuMemory
+from acmds_optimizer.zoo.folders import scan_classes
+
+COUNT = 300
+
+
+def clusters(wrong: int) -> TensorDataset:
+    """Three clusters in the plane, the first `wrong` samples with the label of the next one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(COUNT) % 3
+    centres = torch.tensor([[0.0, 4.0], [4.0, -4.0], [-4.0, -4.0]])
+    inputs = centres[labels] + torch.randn(COUNT, 2, generator=generator)
+    labels[:wrong] = (labels[:wrong] + 1) % 3
+    return TensorDataset(inputs, labels)
+
+
+def make(wrong: int, **settings: Any) -> ACMDSTrainer:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 3))
+    settings = {"epochs": 10, "max_batch_size": 32, "target_headroom_gb": 0.1, "enable_amp": False} | settings
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    return ACMDSTrainer(
+        model, clusters(wrong), optimizer, TrainConfig(**settings), "cpu", memory=BudgetedCpuMemory(2**30)
+    )
+
+
+def finish(trainer: ACMDSTrainer) -> torch.Tensor:
+    while not trainer.finished:
+        trainer.train_epoch()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_a_gate_that_does_not_fire_changes_not_one_bit():
+    watched = make(0, direction="auto")
+    assert torch.equal(finish(watched), finish(make(0)))
+    assert watched.feedback.flagged is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"direction": "auto"}, {"noise_rate": 0.2}, {"direction": "easy", "noise_rate": "auto"}]
+)
+def test_wrong_labels_are_flagged_and_count_nothing(settings):
+    trainer = make(60, **settings)
+    finish(trainer)
+    assert trainer.feedback.flagged is not None
+    right = trainer.feedback.flagged == (np.arange(COUNT) < 60)
+    assert right.mean() > 0.97
+    weights = dict(zip(trainer.sampler.plan.order.tolist(), trainer.sampler.plan.weights.tolist(), strict=True))
+    assert {weights[i] for i in np.flatnonzero(trainer.feedback.flagged)} == {0.0}
+    assert (trainer.dataset.scores.count > 0).all(), "the scores of flagged samples stay fresh"
+    assert trainer.dataset.scores.count.max() - trainer.dataset.scores.count.min() <= (
+        7 if "easy" in settings.values() else 0
+    )
+
+
+@pytest.mark.parametrize("scoring", ["loss", "forgetting"])
+def test_a_training_with_a_gate_stopped_and_resumed_equals_one_that_was_not(scoring):
+    settings: dict[str, Any] = {"direction": "hard", "noise_rate": "auto", "scoring": scoring}
+    whole = finish(make(60, **settings))
+    stopped = make(60, **settings)
+    stopped.should_stop = lambda: stopped.step >= 33  # in the middle of the fourth epoch or so, before the gate fires
+    while not stopped.should_stop():
+        stopped.train_epoch()
+    resumed = make(60, **settings)
+    resumed.load_state_dict(stopped.state_dict())
+    assert torch.equal(finish(resumed), whole)
+
+
+def test_flagged_images_are_listed_worst_first_with_a_sheet(tmp_path: Path):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (12, 10), (80 * number, 0, 0)).save(tmp_path / "data" / name / f"{number}.png")
+    dataset = Subset(scan_classes(tmp_path / "data"), [5, 1, 3])  # dog/2, cat/1, dog/0
+    gate = NoiseGate(3, "auto")
+    logits = torch.tensor([[2.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
+    losses = torch.tensor([2.0, 3.0, 4.0])
+    gate.update(torch.arange(3), torch.tensor([1, 0, 1]), logits, losses)
+    gate.flagged = np.array([True, False, True])
+    write_flagged(tmp_path, dataset, gate, ["cat", "dog"])
+    with (tmp_path / "flagged.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["index"], Path(row["path"]).name, row["label"], row["prediction"]) for row in rows] == [
+        ("2", "0.png", "dog", "cat"),
+        ("0", "2.png", "dog", "cat"),
+    ]
+    assert [float(row["confidence"]) for row in rows] == pytest.approx([0.982, 0.881], abs=1e-3)
+    assert [float(row["difficulty"]) for row in rows] == pytest.approx(
+        [1 - 2.71828**-5.771, 1 - 2.71828**-2.885], abs=1e-3
+    )
+    with Image.open(tmp_path / "flagged.png") as sheet:
+        assert sheet.size == (8 * 112, 112 + 26)
