@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from acmds_tune.space import Parameter, Space
 
-OFF = {"direction": "none", "noise_rate": 0.0, "start_resolution": 1.0}
+OFF: dict[str, str | float] = {"direction": "none", "noise_rate": 0.0, "start_resolution": 1.0}
 """Settings of the curriculum, and what turns each off: plain shuffling, no noise gate, full size throughout."""
 
 ACTS_WITH = {
