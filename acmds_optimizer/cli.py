@@ -28,6 +28,7 @@ EPILOG = """examples:
   acmds-train --model resnet50 --dataset cifar10 --dry-run
   acmds-train --resume runs/my_run
   acmds-train --evaluate runs/my_run/best.pt
+  acmds-train check path/to/images
   acmds-train plot runs/my_run
   acmds-train export runs/my_run/best.pt my_model.safetensors
 
@@ -163,7 +164,27 @@ def _plot(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"export": _export, "plot": _plot}
+def _check(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="acmds-train check", description="Read every image of a folder and list those that are corrupt."
+    )
+    parser.add_argument("folder", help="a folder of images as --dataset takes it")
+    options = parser.parse_args(argv)
+    from acmds_optimizer.zoo.folders import corrupt_images, read_folder
+
+    parts = [part for part in read_folder(Path(options.folder), 0.0) if part is not None]
+    corrupt = [found for part in parts for found in corrupt_images(part)]
+    for path, said in corrupt:
+        print(f"{path}: {said}")
+    for part in parts:
+        counts = {name: int((part.targets == number).sum()) for number, name in enumerate(part.classes)}
+        sizes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+        print(f"acmds-train: {len(part)} images in {part.root}: {sizes}", file=sys.stderr)
+    print(f"acmds-train: {len(corrupt)} of them cannot be read", file=sys.stderr)
+    return 1 if corrupt else 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"check": _check, "export": _export, "plot": _plot}
 """What `acmds-train` does beside training, by its first word."""
 
 

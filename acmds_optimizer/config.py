@@ -166,10 +166,16 @@ class TrainConfig(CurriculumConfig):
 
     # --- what is trained on what
     model: str = "resnet50"
-    """`small_cnn`, a torchvision classification model, or `package.module:callable` called with num_classes."""
+    """`small_cnn`, a torchvision classification model, `timm/NAME`, or `package.module:callable` given num_classes."""
+
+    pretrained: bool = False
+    """Start from torchvision's or timm's weights, with a new last layer; small images then keep the usual stem."""
+
+    freeze: str | None = None
+    """`backbone` (all but the last layer), or comma-separated beginnings of parameter names: what is not trained."""
 
     dataset: str = "cifar10"
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, or `package.module:callable`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, `hf:NAME`, or `package.module:callable`."""
 
     data_dir: str = "data"
     """Where downloaded data sets are kept, and where `imagenet` looks for train/ and val/."""

@@ -31,7 +31,7 @@ from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, Dive
 from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.items import length
-from acmds_optimizer.zoo.models import build_model
+from acmds_optimizer.zoo.models import build_model, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,15 @@ def make_model(config: TrainConfig, bundle: DataBundle) -> nn.Module:
     """The model that the configuration names, for this data."""
     assert bundle.num_classes is not None  # build_data always knows it
     size = bundle.image_shape[-1] if len(bundle.image_shape) == 3 else None
-    return build_model(config.model, bundle.num_classes, in_channels=bundle.image_shape[0], image_size=size)
+    model = build_model(
+        config.model,
+        bundle.num_classes,
+        in_channels=bundle.image_shape[0],
+        image_size=size,
+        pretrained=config.pretrained,
+    )
+    freeze(model, config.freeze)
+    return model
 
 
 def _outcome(trainer: ACMDSTrainer) -> Outcome:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from acmds_optimizer.config import TrainConfig, nearest
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
 from acmds_optimizer.zoo.folders import VALIDATION_NAMES, read_folder, stratified_split
+from acmds_optimizer.zoo.hub import load_hub
 from acmds_optimizer.zoo.imports import load_callable
 from acmds_optimizer.zoo.items import TensorImages, known_targets, length, probe
 
@@ -76,6 +77,8 @@ def build_data(config: TrainConfig) -> DataBundle:
     name = config.dataset
     if name in NAMED:
         bundle = NAMED[name](config)
+    elif name.startswith("hf:"):
+        bundle = _hub(config)
     elif ":" in name and not Path(name).exists():
         bundle = _foreign(config)
     elif Path(name).exists() or "/" in name:
@@ -83,9 +86,10 @@ def build_data(config: TrainConfig) -> DataBundle:
     else:
         raise DataError(
             f"no data set and no folder named {name!r}{nearest(name, list(NAMED))}. Known are {', '.join(NAMED)}, "
-            f"the path of a folder of images, and package.module:callable"
+            f"the path of a folder of images, hf:NAME, and package.module:callable"
         )
     bundle.num_classes = _class_count(bundle, config.num_classes)
+    _say_balance(bundle)
     return bundle
 
 
@@ -180,6 +184,23 @@ def _foreign(config: TrainConfig) -> DataBundle:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"dataset {name!r}: must return (train, val), but returned a {type(pair).__name__}")
     train, val = pair
+    return _bundle_of(name, train, val, config)
+
+
+def _hub(config: TrainConfig) -> DataBundle:
+    """A data set of the Hugging Face Hub; without a validation split of its own, a share of its training images."""
+    train, val = load_hub(config.dataset.removeprefix("hf:"), config.data_dir)
+    if val is not None or not config.val_fraction:
+        return _bundle_of(config.dataset, train, val, config)
+    kept, held_out = stratified_split(train.targets, config.val_fraction)
+    parts = [Subset(train, indices.tolist()) for indices in (kept, held_out)]
+    bundle = _bundle_of(config.dataset, parts[0], parts[1], config)
+    bundle.class_names = train.classes or None
+    return bundle
+
+
+def _bundle_of(name: str, train: Dataset[Any], val: Dataset[Any] | None, config: TrainConfig) -> DataBundle:
+    """The bundle of data sets whose items are images or float tensors, as a probe shows."""
     try:
         kind = probe(train)
         if val is not None:
@@ -209,6 +230,26 @@ def _sized(bundle: DataBundle, config: TrainConfig, stored: tuple[int, int] | No
     bundle.image_shape = (bundle.image_shape[0], *size)
     bundle.crop = "pad" if max(size) <= SMALL_IMAGE_PX else "resized"
     return bundle
+
+
+def _say_balance(bundle: DataBundle) -> None:
+    """One line where classes differ in size by a factor of 2; a warning from 10 on, or where one has no samples."""
+    targets = known_targets(bundle.train)
+    if targets is None or not len(targets):
+        return
+    counts = np.bincount(targets, minlength=bundle.num_classes or 0)
+    names = bundle.class_names or []
+
+    def named(label: int) -> str:
+        return f"{names[label]!r}" if label < len(names) else f"class {label}"
+
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[most] >= 2 * counts[least]:
+        logger.log(
+            logging.WARNING if counts[most] >= 10 * counts[least] else logging.INFO,
+            "class imbalance: %s has %d training samples, %s has %d; the median is %d",
+            named(least), counts[least], named(most), counts[most], int(np.median(counts)),
+        )  # fmt: skip
 
 
 def _class_count(bundle: DataBundle, asked: int | None) -> int:

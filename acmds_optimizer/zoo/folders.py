@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,9 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 def unreadable(path: Path | str, error: BaseException) -> DataError:
     """The error for a file that is no whole image."""
     said = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-    return DataError(f"{path}: cannot be read as an image: {said}. Repair or remove the file")
+    return DataError(
+        f"{path}: cannot be read as an image: {said}. Repair or remove the file (acmds-train check FOLDER lists all)"
+    )
 
 
 def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
@@ -168,3 +171,19 @@ def stratified_split(targets: np.ndarray, val_fraction: float) -> tuple[np.ndarr
         held_out.append(members[: min(wanted, len(members) - 1)])
     val = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(targets)), val), val
+
+
+def corrupt_images(images: ImageFiles) -> list[tuple[Path, str]]:
+    """The files that cannot be decoded to their last pixel, each with what is wrong; every file is read."""
+
+    def wrong(index: int) -> str:
+        try:
+            with Image.open(images.path(index)) as image:
+                image.load()
+        except UNREADABLE as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        found = list(pool.map(wrong, range(len(images))))
+    return [(images.path(index), said) for index, said in enumerate(found) if said]

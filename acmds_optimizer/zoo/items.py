@@ -14,6 +14,7 @@ from torchvision.datasets import VisionDataset
 
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.folders import ImageFiles
+from acmds_optimizer.zoo.hub import HubImages
 
 PROBED_ITEMS = 8
 """Items of a foreign data set that are read to learn their kind and size."""
@@ -171,7 +172,7 @@ def is_fixed(dataset: Dataset[Any]) -> bool:
         return is_fixed(dataset.dataset)
     if isinstance(dataset, VisionDataset):
         return dataset.transforms is None
-    return isinstance(dataset, ImageFiles) or in_memory(dataset) is not None
+    return isinstance(dataset, (ImageFiles, HubImages)) or in_memory(dataset) is not None
 
 
 def known_targets(dataset: Dataset[Any]) -> np.ndarray | None:

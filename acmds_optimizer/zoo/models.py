@@ -1,4 +1,4 @@
-"""Models by name: `small_cnn`, torchvision's classification models, or `package.module:callable`."""
+"""Models by name: `small_cnn`, torchvision's classification models, timm's, or `package.module:callable`."""
 
 from __future__ import annotations
 
@@ -45,23 +45,34 @@ def model_names() -> list[str]:
     return sorted(["small_cnn", *torchvision.models.list_models(module=torchvision.models)])
 
 
-def build_model(name: str, num_classes: int, *, in_channels: int = 3, image_size: int | None = None) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, *, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
+) -> nn.Module:
     """A model with fresh weights (from torch's global random state) that gives (n, num_classes) logits.
 
     torchvision's models are changed in two ways, by the arguments alone. ResNets (resnet*, resnext*, wide_resnet*)
     for inputs of at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool, since the usual stem
     would shrink a 32 px image to 8 px before the first block. Where `in_channels` is not 3, the first convolution of
-    any model is replaced by one of that many input channels.
+    any model is replaced by one of that many input channels. With `pretrained` weights only the last layer is new.
 
     Args:
-        name: one of `model_names()`, or `package.module:callable`, which is called with num_classes=... alone.
+        name: one of `model_names()`, `timm/` and a name of timm's, or `package.module:callable`, which is called with
+            num_classes=... alone.
         num_classes: size of the output, at least 1.
         in_channels: channels of an input.
         image_size: height and width of an input in pixels (the larger, if they differ); None: 224.
+        pretrained: start from the weights that torchvision or timm has for it, downloaded once.
 
     Raises:
-        DataError: unknown name, a callable that cannot be used, or a model that cannot take inputs of this size.
+        DataError: unknown name, a callable that cannot be used, a model that cannot take inputs of this size, or
+            weights that are not there.
     """
+    if pretrained and (":" in name or name == "small_cnn"):
+        raise DataError(f"model {name!r}: has no pretrained weights here; load them in its own code")
+    if name.startswith("timm/"):
+        model = _timm_model(name, num_classes, in_channels, image_size, pretrained)
+        _check_size(name, model, in_channels, image_size)
+        return model
     if ":" in name:
         return _foreign_model(name, num_classes)
     if name == "small_cnn":
@@ -72,12 +83,92 @@ def build_model(name: str, num_classes: int, *, in_channels: int = 3, image_size
         close = difflib.get_close_matches(name.lower().replace("-", "_"), model_names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(model_names())}"
         raise DataError(f"no model named {name!r}: {hint} One's own is given as package.module:callable")
-    model = _torchvision_model(name, num_classes, in_channels, image_size)
+    model = _torchvision_model(name, num_classes, in_channels, image_size, pretrained)
     _check_size(name, model, in_channels, image_size)
     return model
 
 
-def _torchvision_model(name: str, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
+def freeze(model: nn.Module, what: str | None) -> None:
+    """Leave parameters untrained.
+
+    Args:
+        model: as built.
+        what: `backbone`: all but the last layer that has any; else comma-separated beginnings of parameter names;
+            None: nothing.
+
+    Raises:
+        DataError: a beginning that no parameter's name has.
+    """
+    if what is None:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    if what == "backbone":
+        head = names[-1].rpartition(".")[0]
+        starts = [name for name in names if name.rpartition(".")[0] != head]
+    else:
+        starts = [start.strip() for start in what.split(",") if start.strip()]
+        for start in starts:
+            if not any(name.startswith(start) for name in names):
+                parts = sorted({name.split(".")[0] for name in names})
+                raise DataError(f"freeze: no parameter's name begins with {start!r}; the model has {', '.join(parts)}")
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(starts)):
+            parameter.requires_grad_(False)
+
+
+def _timm_model(name: str, num_classes: int, in_channels: int, image_size: int | None, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise DataError(f"model {name!r}: timm is not installed: pip install 'acmds[timm]'") from None
+    theirs = name.removeprefix("timm/")
+    if not timm.is_model(theirs):
+        close = difflib.get_close_matches(theirs, timm.list_models(), n=3)
+        hint = f": did you mean {' or '.join(f'timm/{each}' for each in close)}?" if close else ""
+        raise DataError(f"timm has no model named {theirs!r}{hint}")
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, "pretrained": pretrained}
+    try:
+        try:
+            return timm.create_model(theirs, img_size=image_size or 224, **options)
+        except TypeError:  # only transformers are built for a size
+            return timm.create_model(theirs, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if pretrained:
+            raise _no_weights(name, error) from error
+        raise _wrong_size(name, image_size, error) from error
+
+
+def _no_weights(name: str, error: Exception) -> DataError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"model {name!r}: its pretrained weights could not be loaded: {said}. Check the network, "
+        "or leave --pretrained out"
+    )
+
+
+def _pretrained(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """A torchvision model with its best weights and a new last layer."""
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT", **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_weights(name, error) from error
+    path, head = next(
+        (path, module)
+        for path, module in reversed(list(model.named_modules()))
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    )
+    if isinstance(head, nn.Linear):
+        new: nn.Module = nn.Linear(head.in_features, num_classes)
+    else:  # squeezenet ends in a convolution
+        new = nn.Conv2d(head.in_channels, num_classes, kernel_size=1)
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
+    return model
+
+
+def _torchvision_model(
+    name: str, num_classes: int, in_channels: int, image_size: int | None, pretrained: bool = False
+) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # one output; True is the default, which otherwise warns
@@ -85,6 +176,11 @@ def _torchvision_model(name: str, num_classes: int, in_channels: int, image_size
         options = {"image_size": image_size}
     elif name == "maxvit_t" and image_size:
         options = {"input_size": (image_size, image_size)}
+    if pretrained:
+        if in_channels != 3:
+            raise DataError(f"model {name!r}: pretrained weights take 3 channels, but the images have {in_channels}")
+        options.pop("init_weights", None)
+        return _pretrained(name, num_classes, options)
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     except (ValueError, AssertionError, RuntimeError) as error:  # transformers refuse sizes when they are built
