@@ -148,6 +148,7 @@ class Meter:
         self.images = 0
         self.escaped = ""
         self._half: tuple[float, int] | None = None
+        self._end: float | None = None
         self._first_s: float | None = None
         self._worst_bytes = 0
         self._neighbour_active = False
@@ -180,7 +181,11 @@ class Meter:
         return min(1.0, max(share, self.images / limit if limit else 0.0))
 
     def going(self) -> bool:
-        return self.progress < 1.0
+        """Whether there is more to do; the clock stops at the first no, once the last step is done."""
+        if self._end is None and self.progress >= 1.0:
+            self.plant.wait()
+            self._end = time.perf_counter() - self._began
+        return self._end is None
 
     def side(self) -> int:
         return self.scenario.side(self.progress, len(self.points))
@@ -239,7 +244,7 @@ class Meter:
         """The figures of the run, by column."""
         end_progress = self.progress
         self.plant.wait()
-        end = time.perf_counter() - self._began
+        end = self._end or time.perf_counter() - self._began
         last = self.plant.memory.read()
         errors = last.out_of_memory_errors - self._start_reading.out_of_memory_errors
         escaped = int(bool(self.escaped))

@@ -276,7 +276,7 @@ def _search_with_lightning(pl: Any, plant: Plant, meter: Meter, mode: str) -> in
             size = tuner.scale_batch_size(module, mode=mode)
         plant.model.to(plant.device)  # Lightning leaves a model on the CPU
         plant.model.zero_grad(set_to_none=True)
-    del trainer, module
+    del trainer, tuner, module  # what they hold is 1 GB
     gc.collect()
     plant.memory.release_cache()
     return int(size)

@@ -7,7 +7,7 @@
 All systems of a row stand side by side in one process and take turns, a block of steps each, so that a drifting clock
 or a busy neighbour hits them alike; `ratio` is the median over the rounds of their rate by the plain loop's of the same
 round. All have the same model, fused AdamW, bf16 and NHWC, but for `ours_auto`, which chooses by itself. The plain loop
-and the graph get the same images again and again; ours draws, augments, scores and logs them.
+and the graph get the same images again and again, eager_fed the next ones; ours draws, augments, scores and logs them.
 
 Parts: grid (every model, size and batch); headline (what one gets who leaves the batch to us, over a common batch);
 cifar (--folder: images through `acmds-train`, against the bare graph); jpeg (JPEG files of 500 px, against what the
@@ -93,7 +93,7 @@ class Cell:
         )
         pool = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
         targets = torch.randint(0, self.classes, (images,), generator=generator).numpy()
-        self.source = ResidentSource(pool, targets, spec, device, augment=True)
+        self.source = ResidentSource(pool, targets, spec, device, True, device.type == "cuda")
 
     def build(self) -> nn.Module:
         """As torchvision has it, without the stem for small images, as most tables have it."""
@@ -107,8 +107,8 @@ System = Callable[[int], int]
 """Runs so many steps, and says how many samples that were."""
 
 
-def eager(cell: Cell, batch: int, *, compiled: bool = False, graph: bool = False) -> System:
-    """The plain loop, compiled, or as one CUDA graph of the whole step."""
+def eager(cell: Cell, batch: int, *, fed: bool = False, compiled: bool = False, graph: bool = False) -> System:
+    """The plain loop, compiled, or as one CUDA graph of the whole step; fed: with the next images in each step."""
     cuda = cell.device.type == "cuda"
     model = cell.build().to(cell.device)
     if cuda:
@@ -119,8 +119,14 @@ def eager(cell: Cell, batch: int, *, compiled: bool = False, graph: bool = False
         data = stream.take(batch)
     layout = torch.channels_last if cuda else torch.contiguous_format
     inputs, targets = data.inputs.contiguous(memory_format=layout), data.targets.clone()
+    images, position = cell.source.images, 0
 
     def step(set_to_none: bool = True) -> None:
+        nonlocal inputs, position
+        if fed:
+            position = position + batch if position + 2 * batch <= len(images) else 0
+            inputs = images[position : position + batch].to(torch.float32, memory_format=layout)
+            inputs.sub_(127.5).div_(63.75)
         optimizer.zero_grad(set_to_none=set_to_none)
         with torch.autocast(cell.device.type, torch.bfloat16, enabled=cuda, cache_enabled=not graph):
             loss = nn.functional.cross_entropy(run(inputs), targets)
@@ -271,6 +277,7 @@ def grid(bench: Bench, options: argparse.Namespace) -> None:
                     return
                 systems: dict[str, Any] = {
                     "eager": lambda batch=batch, cell=cell: (eager(cell, batch), None),
+                    "eager_fed": lambda batch=batch, cell=cell: (eager(cell, batch, fed=True), None),
                     "graph": lambda batch=batch, cell=cell: (eager(cell, batch, graph=True), None),
                     "compiled": lambda batch=batch, cell=cell: (eager(cell, batch, compiled=True), None),
                     "ours": lambda batch=batch, cell=cell: ours(cell, config_of(batch)),
@@ -409,7 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--image-sizes", type=names(int), help="default: 32,224 [14]")
     add("--batches", type=names(int), help="default: 16,32,64,128,256,512 [16,32]")
     add(
-        "--systems", type=names(), help="default: eager,graph,ours,ours_auto [eager,ours]; also compiled, ours_compiled"
+        "--systems",
+        type=names(),
+        help="default: eager,graph,ours,ours_auto [eager,ours]; also eager_fed, compiled, ours_compiled",
     )
     add("--folder", help="of 32-px images, for the parts cifar and first")
     add("--jpegs", type=int, default=3000, help="files of the part jpeg (default: 3000)")

@@ -34,6 +34,7 @@ def make_source(
     device: torch.device | str,
     *,
     train: bool,
+    channels_last: bool = False,
     resident_limit_bytes: int = RESIDENT_LIMIT_BYTES,
 ) -> DataSource:
     """The source that suits `dataset`.
@@ -49,6 +50,7 @@ def make_source(
         config: `seed`, and of a TrainConfig `augment` and `num_workers`.
         device: where batches are wanted.
         train: whether streams may augment; the configuration may still forbid it.
+        channels_last: whether inputs are stored as NHWC.
         resident_limit_bytes: largest data set, in prepared bytes, that is kept on the device.
 
     Raises:
@@ -67,10 +69,10 @@ def make_source(
     count = length(dataset)
     fits = is_fixed(dataset) and count * spec.item_bytes <= resident_limit_bytes
     if spec.crop == "resized" or spec.auto_augment != "none" or not fits:
-        return WorkerSource(dataset, spec, device, augment, workers)
+        return WorkerSource(dataset, spec, device, augment, workers, channels_last)
     stored = in_memory(dataset)
     if stored is not None and tuple(stored.images.shape[1:]) == spec.shape:
-        return ResidentSource(stored.images, stored.targets, spec, device, augment)
+        return ResidentSource(stored.images, stored.targets, spec, device, augment, channels_last)
     began = time.monotonic()
     if isinstance(dataset, ImageFiles) and settings.decoded_cache:
         folder = Path(settings.decoded_cache)
@@ -80,7 +82,7 @@ def make_source(
     took = time.monotonic() - began
     level = logging.INFO if took >= SLOW_DECODE_S else logging.DEBUG
     logger.log(level, "decoded %d images of %s in %.1f s; they stay on %s", count, spec.shape, took, device)
-    return ResidentSource(images, targets, spec, device, augment)
+    return ResidentSource(images, targets, spec, device, augment, channels_last)
 
 
 __all__ = ["Batch", "DataSource", "EpochStream", "ResidentSource", "WorkerSource", "make_source"]

@@ -52,10 +52,17 @@ class InputSpec:
 
 
 class Normaliser:
-    """uint8 (n, C, H, W) to float32 (image / 255 - mean) / std, on the device. Floats are passed through."""
+    """uint8 (n, C, H, W) to float32 (image / 255 - mean) / std, on the device. Floats are passed through.
 
-    def __init__(self, spec: InputSpec, device: torch.device) -> None:
+    Args:
+        spec: how images become inputs.
+        device: where.
+        channels_last: whether the result is stored as NHWC; while it is bytes that takes a quarter of the time.
+    """
+
+    def __init__(self, spec: InputSpec, device: torch.device, channels_last: bool = False) -> None:
         self._identity = spec.is_float
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         if spec.is_float:
             return
         if spec.mean is None or spec.std is None:
@@ -70,7 +77,7 @@ class Normaliser:
             return images
         if images.device.type == "cpu":  # where one pass over mixed types is slower
             return images.to(torch.float32).mul_(self._scale).add_(self._shift)
-        return torch.addcmul(self._shift, images, self._scale)
+        return torch.addcmul(self._shift, images.contiguous(memory_format=self._layout), self._scale)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,17 @@ class ResidentSource(DataSource):
         spec: how images become inputs.
         device: where to keep them.
         augment: whether streams may augment at all.
+        channels_last: whether inputs are stored as NHWC.
     """
 
     def __init__(
-        self, images: Tensor, targets: np.ndarray, spec: InputSpec, device: torch.device, augment: bool
+        self,
+        images: Tensor,
+        targets: np.ndarray,
+        spec: InputSpec,
+        device: torch.device,
+        augment: bool,
+        channels_last: bool = False,
     ) -> None:
         self.targets: np.ndarray = targets
         self.spec = spec
@@ -32,7 +39,7 @@ class ResidentSource(DataSource):
         self.may_augment = augment and spec.crop == "pad"
         self.images = images.contiguous().to(device)
         self.device_targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device)
-        self.normalise = Normaliser(spec, device)
+        self.normalise = Normaliser(spec, device, channels_last)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -171,8 +172,12 @@ class ACMDSTrainer:
         self.feedback = Feedback(self.dataset.scores, self.config, self.device, self._num_classes)
         self.train_step.keep_logits = self.feedback.needs_logits
         self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
-        self.source = make_source(self.dataset.base_dataset, bundle, self.config, self.device, train=True)
-        self.val_source = make_source(val, bundle, self.config, self.device, train=False) if val is not None else None
+        source = partial(
+            make_source, bundle=bundle, config=self.config, device=self.device,
+            channels_last=self.train_step.channels_last,
+        )  # fmt: skip
+        self.source = source(self.dataset.base_dataset, train=True)
+        self.val_source = source(val, train=False) if val is not None else None
         self.total_epochs = self.config.epochs if isinstance(self.config, TrainConfig) else 10
         self.sampler = AdaptiveCurriculumSampler(
             self.dataset, self.controller, self.config, total_epochs=self.total_epochs

@@ -26,17 +26,24 @@ class WorkerSource(DataSource):
         device: where batches are wanted.
         augment: whether streams may augment at all.
         workers: processes; 0 decodes in this process when a batch is taken.
+        channels_last: whether inputs are stored as NHWC.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], spec: InputSpec, device: torch.device, augment: bool, workers: int
+        self,
+        dataset: Dataset[Any],
+        spec: InputSpec,
+        device: torch.device,
+        augment: bool,
+        workers: int,
+        channels_last: bool = False,
     ) -> None:
         self._count = length(dataset)
         self.targets = known_targets(dataset)
         self.spec = spec
         self.device = device
         self.may_augment = augment and spec.crop != "none"
-        self.normalise = Normaliser(spec, device)
+        self.normalise = Normaliser(spec, device, channels_last)
         self.reader = ChunkReader(dataset, spec, workers, pin=device.type == "cuda")
         self._open: WorkerStream | None = None
 
