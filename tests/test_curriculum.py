@@ -139,17 +139,19 @@ def test_every_sample_is_seen_within_the_coverage_epochs(direction):
         last_seen[plan.order] = epoch
 
 
-def test_the_weighted_sum_over_draws_is_the_full_one():
-    values = np.random.default_rng(1).normal(1.0, 1.0, 40)
-    total = np.mean(
-        [
-            (values[plan.order] * plan.weights).sum()
-            for plan in (
-                plan_epoch(values, seed % 3, 0.3, CurriculumConfig(direction="easy", seed=seed)) for seed in range(4000)
-            )
-        ]
-    )
-    assert total == pytest.approx(values.sum(), rel=0.03)
+@pytest.mark.parametrize("direction", ["easy", "hard", "random"])
+def test_the_weighted_gradient_sum_over_4000_draws_is_the_full_one(direction):
+    rng = np.random.default_rng(1)
+    inputs, labels, weights = rng.normal(1.0, 1.0, (40, 5)), rng.integers(0, 2, 40), rng.normal(size=5)
+    probabilities = 1 / (1 + np.exp(-inputs @ weights))
+    gradients = (probabilities - labels)[:, None] * inputs  # of logistic regression, one row a sample
+    losses = -np.log(np.where(labels == 1, probabilities, 1 - probabilities))
+    drawn = np.zeros(5)
+    for seed in range(4000):
+        plan = plan_epoch(losses, seed % 3, 0.3, CurriculumConfig(direction=direction, seed=seed))
+        drawn += plan.weights @ gradients[plan.order] / 4000
+    full = gradients.sum(axis=0)
+    assert np.linalg.norm(drawn - full) <= 0.03 * np.linalg.norm(full)
 
 
 def test_a_matched_shuffle_feeds_as_many_samples_as_the_curriculum_with_weight_one():
