@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from acmds_optimizer import ACMDSTrainer, TrainConfig
+from acmds_optimizer import ACMDSTrainer, TrainConfig, run_training
 from acmds_optimizer.curriculum.gate import NoiseGate
 from acmds_optimizer.engine.flagged import write_flagged
 from acmds_optimizer.memory.device import BudgetedCpuMemory
@@ -72,16 +72,41 @@ def test_wrong_labels_are_flagged_and_count_nothing(settings):
 
 
 @pytest.mark.parametrize("scoring", ["loss", "forgetting"])
-def test_a_training_with_a_gate_stopped_and_resumed_equals_one_that_was_not(scoring):
+def test_a_training_with_a_gate_stopped_and_resumed_equals_one_that_was_not(scoring, tmp_path: Path):
     settings: dict[str, Any] = {"direction": "hard", "noise_rate": "auto", "scoring": scoring}
     whole = finish(make(60, **settings))
     stopped = make(60, **settings)
     stopped.should_stop = lambda: stopped.step >= 33  # in the middle of the fourth epoch or so, before the gate fires
     while not stopped.should_stop():
         stopped.train_epoch()
+    stopped.save_checkpoint(tmp_path / "checkpoint.pt")
     resumed = make(60, **settings)
-    resumed.load_state_dict(stopped.state_dict())
+    resumed.load_checkpoint(tmp_path / "checkpoint.pt")
     assert torch.equal(finish(resumed), whole)
+
+
+def noisy_data() -> tuple[TensorDataset, TensorDataset]:
+    return clusters(60), clusters(0)
+
+
+def small_network(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+def test_a_run_leaves_a_table_of_what_it_flagged_and_an_event(tmp_path: Path):
+    config = TrainConfig(
+        model="tests.test_noise:small_network", dataset="tests.test_noise:noisy_data", num_classes=3, device="cpu",
+        memory_limit_gb=1.0, target_headroom_gb=0.1, epochs=8, lr=0.01, direction="auto", enable_amp=False,
+        checkpoint_every=0,
+    )  # fmt: skip
+    outcome = run_training(config, output_dir=tmp_path / "run")
+    assert outcome.val_accuracy is not None
+    assert outcome.val_accuracy > 0.97
+    with (tmp_path / "run" / "flagged.csv").open(newline="") as file:
+        flagged = [int(row["index"]) for row in csv.DictReader(file)]
+    assert len(set(flagged) & set(range(60))) >= 0.9 * max(60, len(flagged))
+    assert not (tmp_path / "run" / "flagged.png").exists(), "points in the plane are no images"
+    assert "noise_gate" in (tmp_path / "run" / "events.csv").read_text()
 
 
 def test_flagged_images_are_listed_worst_first_with_a_sheet(tmp_path: Path):
