@@ -366,6 +366,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(str(path), ["is nested too deeply to be read"]) from None
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             str(path), [f"is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]

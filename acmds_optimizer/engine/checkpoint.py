@@ -114,6 +114,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it has written
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path}: not a whole checkpoint of this program ({first_line})") from None

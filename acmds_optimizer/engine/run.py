@@ -255,6 +255,15 @@ def _with_settings(state: dict[str, Any], config: TrainConfig, optimizer: torch.
     Raises:
         CheckpointError: it belongs to another model or optimizer.
     """
+    try:
+        return _with_these_settings(state, config, optimizer)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint is not whole: {error!r}") from None
+
+
+def _with_these_settings(
+    state: dict[str, Any], config: TrainConfig, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     before = state["config"]
     for name in ("model", "optimizer"):
         if before.get(name, now := getattr(config, name)) != now:

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig, to_dict
+from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig
 from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
 from acmds_optimizer.curriculum.feedback import Feedback
 from acmds_optimizer.curriculum.resolution import Stages
 from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler
-from acmds_optimizer.engine import checkpoint, probe
+from acmds_optimizer.engine import checkpoint, probe, snapshot
 from acmds_optimizer.engine.average import WeightAverage
 from acmds_optimizer.engine.batches import Batch, EpochStream
 from acmds_optimizer.engine.data import make_source
@@ -32,7 +32,7 @@ from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.schedule import LearningRate
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
-from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import ConfigError, DataError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice
 from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
@@ -610,31 +610,7 @@ class ACMDSTrainer:
         """All that a run needs to continue, as tensors and plain values."""
         self.recorder.flush()
         self._update_scores()
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.guard.scaler.state_dict() if self.guard.scaler is not None else {},
-            "controller": self.controller.state_dict(),
-            "feedback": self.feedback.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "trainer": {
-                "epoch": self.epoch,
-                "step": self.step,
-                "seconds": self.seconds,
-                "last_evaluation": self.last_evaluation,
-                "unvalidated": self.unvalidated,
-                "best": self.best.state_dict(),
-                "last_epoch_loss": self.last_epoch_loss,
-            },
-            "recorder": self.recorder.state_dict(),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
-            "config": to_dict(self.config),
-        }
+        return snapshot.take(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
@@ -644,32 +620,7 @@ class ACMDSTrainer:
         """
         if self.train_step.graphs is not None:
             self.train_step.graphs.release()
-        try:
-            self.model.load_state_dict(state["model"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            # it has put tensors of its own in place of those that the guard has made
-            self.controller.memory.track([list(values.values()) for values in self.optimizer.state.values()])
-            self.schedule.load_state_dict(state["schedule"])
-            self.feedback.load_state_dict(state["feedback"])
-            self.sampler.flagged = self.feedback.flagged
-            if self.guard.scaler is not None and state["scaler"]:
-                self.guard.scaler.load_state_dict(state["scaler"])
-            self.controller.load_state_dict(state["controller"])
-            self.sampler.load_state_dict(state["sampler"])
-            self.recorder.load_state_dict(state["recorder"])
-            trainer = state["trainer"]
-            self.epoch, self.step, self.seconds = trainer["epoch"], trainer["step"], trainer["seconds"]
-            self.last_evaluation = trainer["last_evaluation"]
-            self.unvalidated = trainer["unvalidated"]
-            self.best.load_state_dict(trainer["best"])
-            self.last_epoch_loss = trainer["last_epoch_loss"]
-            torch.set_rng_state(state["rng"]["cpu"].cpu())
-            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), self.device)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise CheckpointError(f"the checkpoint does not fit this model, optimizer or data set: {error}") from None
+        snapshot.restore(self, state)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write a checkpoint; a reader sees the old file or the whole new one."""

@@ -1,0 +1,60 @@
+"""What of a trainer is in a checkpoint, and how it is put back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from acmds_optimizer.config import to_dict
+from acmds_optimizer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from acmds_optimizer.engine.trainer import ACMDSTrainer
+
+_PARTS = ("model", "optimizer", "schedule", "controller", "feedback", "sampler", "recorder")
+_OWN = ("epoch", "step", "seconds", "last_evaluation", "unvalidated", "last_epoch_loss")
+
+
+def take(trainer: ACMDSTrainer) -> dict[str, Any]:
+    """All that a run needs to continue, as tensors and plain values."""
+    scaler, average, device = trainer.guard.scaler, trainer.average, trainer.device
+    return {
+        **{name: getattr(trainer, name).state_dict() for name in _PARTS},
+        "average": average.state_dict() if average is not None else {},
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "trainer": {**{name: getattr(trainer, name) for name in _OWN}, "best": trainer.best.state_dict()},
+        "rng": {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        },
+        "config": to_dict(trainer.config),
+    }
+
+
+def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
+    """Continue from what `take` gave.
+
+    Raises:
+        CheckpointError: it belongs to another model, optimizer or data set.
+    """
+    try:
+        for name in _PARTS:
+            getattr(trainer, name).load_state_dict(state[name])
+            if name == "feedback":  # by which the sampler, the next part, plans
+                trainer.sampler.flagged = trainer.feedback.flagged
+        # the optimizer has put tensors of its own in place of those that the guard has made
+        trainer.controller.memory.track([list(values.values()) for values in trainer.optimizer.state.values()])
+        if trainer.average is not None:
+            trainer.average.load_state_dict(state["average"])
+        if trainer.guard.scaler is not None and state["scaler"]:
+            trainer.guard.scaler.load_state_dict(state["scaler"])
+        for name in _OWN:
+            setattr(trainer, name, state["trainer"][name])
+        trainer.best.load_state_dict(state["trainer"]["best"])
+        torch.set_rng_state(state["rng"]["cpu"].cpu())
+        if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), trainer.device)
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        said = f"{error!r}" if isinstance(error, KeyError) else f"{error}"
+        raise CheckpointError(f"the checkpoint does not fit this model, optimizer or data set: {said}") from None
