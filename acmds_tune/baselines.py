@@ -21,7 +21,7 @@ def halving(settings: Mapping[str, Any], directory: Path, report: Report, should
     while True:
         attempt = directory / f"batch_{batch}"
         held = {**settings, "min_batch_size": batch, "max_batch_size": batch, "max_oom_retries": 1}
-        figures = _until_error(held, attempt, report, should_stop, errors)
+        figures = until_error(held, attempt, report, should_stop, errors)
         if figures is not None:
             break
         errors += 1
@@ -36,8 +36,8 @@ def halving(settings: Mapping[str, Any], directory: Path, report: Report, should
     return {**figures, "oom_events": errors, "oom_recovered": errors}
 
 
-def _until_error(
-    settings: Mapping[str, Any], directory: Path, report: Report, should_stop: ShouldStop, errors: int
+def until_error(
+    settings: Mapping[str, Any], directory: Path, report: Report, should_stop: ShouldStop, errors: int = 0
 ) -> dict[str, Any] | None:
     """The figures of a whole run; None where it met an out-of-memory error, at which it is ended."""
     failed = False

@@ -49,6 +49,7 @@ STATUSES: dict[str, str] = {
 """The values of the column `status`, and what they mean."""
 
 STAGES: dict[str, str] = {
+    "plant": "short runs from which a model of the machine was fitted",
     "screen": "proposed by the sampler, with a share of the budget",
     "search": "proposed by the sampler",
     "train": "one of the best of the screened trials, with the whole budget",
@@ -92,6 +93,7 @@ FIGURES = (
 
 _TAIL = (
     Column("seconds", "float", "s", "Wall time from the start of the trial to its end, everything included."),
+    Column("predicted_samples_per_second", "float", "samples/s", "What the plant predicted, where there is one."),
     Column("seed", "int", "", "Seed of the trial; -1 where it ended before it had one."),
 )
 

@@ -113,7 +113,7 @@ class Driver:
             sharers=self.sharers,
             trial_timeout_s=self.space.timeouts.trial,
             silence_timeout_s=self.space.timeouts.silence,
-            neighbour=[(step.at, step.holds_gb) for step in self.space.neighbour],
+            neighbour=[] if proposal.stage == "plant" else [(step.at, step.holds_gb) for step in self.space.neighbour],
             host_memory_gb=self.space.resources.host_memory_gb,
         )
 

@@ -46,6 +46,7 @@ class TrialRecord:
         values: what Optuna was told, one an objective; None for a trial that runs.
         stage: one of acmds_tune.columns.STAGES.
         label: what a trial of the later stages repeats or is compared with, such as `trial 7` or `default`.
+        predicted: samples a second that the plant predicted.
         began: when it was started, in seconds since 1970; None where not known.
         interrupted: its end says nothing about its settings, and it was or will be started anew.
     """
@@ -63,6 +64,7 @@ class TrialRecord:
     label: str = ""
     interrupted: bool = False
     began: float | None = None
+    predicted: float | None = None
 
     @property
     def feasible(self) -> bool:

@@ -197,6 +197,7 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
         attrs.get("label", ""),
         bool(attrs.get("interrupted")),
         trial.datetime_start.timestamp() if trial.datetime_start is not None else None,
+        _number(attrs.get("predicted_samples_per_second")),
     )
 
 
@@ -398,6 +399,7 @@ def _row(trial: TrialRecord, study: StudyRecord) -> dict[str, Any]:
         **{CONFIG_PREFIX + name: trial.config.get(name) for name in study.searched},
         **{column.name: _figure(column, trial.figures.get(column.name)) for column in FIGURES},
         "seconds": trial.seconds,
+        "predicted_samples_per_second": trial.predicted,
         "seed": -1 if trial.seed is None else trial.seed,
     }
 

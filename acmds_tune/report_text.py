@@ -10,6 +10,7 @@ from typing import Any
 
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_tune.columns import FIGURES, STATUSES
+from acmds_tune.plant import agreement
 from acmds_tune.records import DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
 from acmds_tune.report_figures import number
 
@@ -93,7 +94,7 @@ def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
         value = trial.figures.get(objective.name)
         cells = (1, number(value), "–", "–", "yes" if trial.feasible else "no")
         rows.append(f"<tr><td>{text(trial.label)}" + "".join(f"<td class=n>{text(cell)}" for cell in cells))
-    drift = anchor_drift(study)
+    drift = anchor_drift(study) + plant_words(study)
     if not rows and not drift:
         return ""
     heads = (
@@ -102,6 +103,20 @@ def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
     what = "Runs with the same seeds, none of which chose the best." if again else "One run each; not confirmed."
     table = f"<table class=trials>{heads}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
     return f"<section><h2>Confirmation and baselines</h2><p class=muted>{what}</p>{table}{drift}</section>"
+
+
+def plant_words(study: StudyRecord) -> str:
+    """How well the plant predicted what was then measured."""
+    rows = [trial for trial in study.trials if trial.predicted and trial.status in DONE]
+    pairs = [(trial.predicted, speed) for trial in rows if (speed := trial.figures.get("samples_per_second"))]
+    found = agreement([float(one or 0.0) for one, _ in pairs], [other for _, other in pairs])
+    if found is None:
+        return ""
+    return (
+        f"<p class=note>The plant, fitted from short runs, predicted the throughput of {len(pairs)} trials with a rank "
+        f"correlation of {found[0]:.2f} and a median error of {100 * found[1]:.1f} %, once scaled to the trials. It "
+        "knows nothing of settings that are not the memory controller's.</p>"
+    )
 
 
 def anchor_drift(study: StudyRecord) -> str:

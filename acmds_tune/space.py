@@ -147,6 +147,16 @@ class Confirm(_Model):
     """Seeds for each of them, and for the baselines `default` and `fixed batch`."""
 
 
+class Prescreen(_Model):
+    """Settings of the controller tried on a plant: a model of the machine, fitted from short runs."""
+
+    keep: Annotated[int, Ge(0)] = 0
+    """Best settings on the plant that are tried right after the defaults; 0: no plant."""
+
+    settings: Annotated[int, Ge(1)] = 500
+    """Random settings that are simulated, on the CPU: some thousands a minute."""
+
+
 class NeighbourStep(_Model):
     """A moment at which another process on the card changes what it holds."""
 
@@ -216,6 +226,9 @@ class Space(_Model):
 
     requires: list[str] = []
     """What settings must fulfil to be tried: `max_batch_size >= 4 * min_batch_size`."""
+
+    prescreen: Prescreen = Prescreen()
+    """Settings of the controller tried on a fitted model first."""
 
     screen: Screen = Screen()
     """A first stage of short trials."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from acmds_tune.space import Budget, Confirm, NeighbourStep, Parameter, Resources, Screen, Space, Timeouts
+from acmds_tune.space import Budget, Confirm, NeighbourStep, Parameter, Prescreen, Resources, Screen, Space, Timeouts
 from acmds_tune.space_aliases import (
     MOVED_KEYS,
     PARAMETER_ALIASES,
@@ -32,6 +32,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "top": Space,
     "search": Parameter,
     "budget": Budget,
+    "prescreen": Prescreen,
     "screen": Screen,
     "confirm": Confirm,
     "neighbour": NeighbourStep,

@@ -20,6 +20,7 @@ SAMPLED = ("screen", "search")
 DEFAULT = "default"
 """Label of trials with the trainer's default settings, moved into the space."""
 
+PLANT = "short runs"
 FIXED = "fixed batch"
 HALVING = "halving"
 MOST_FIXED = 6
@@ -78,8 +79,13 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any]) -> S
         default: the trainer's defaults of the searched settings, moved into the space.
     """
     rows = [row for row in study.trials if not row.interrupted]
+    if space.prescreen.keep and not _started(rows, "plant", PLANT) and not _tried_enough(study, "plant", PLANT, None):
+        held = {"max_batch_size": largest_batch(space, default), "min_batch_size": smallest_batch(space)}
+        return Extra("plant", PLANT, default, held, derived_seed(space.seed, 0), "acmds_tune.plant:measure")
     stage, wanted = ("screen", space.screen.trials) if space.screen.trials else ("search", space.trials)
     sampled = [row for row in rows if row.stage == stage]
+    if space.prescreen.keep and sampled and _running(rows, "plant"):
+        return Wait()  # what comes after the defaults are the plant's best
     if space.anchor_every and sampled:
         due = sum(row.status != "running" for row in sampled[1:]) // space.anchor_every
         if _count(rows, "anchor") < due and not _tried_enough(study, "anchor", DEFAULT, None):
@@ -106,7 +112,7 @@ def left(space: Space, study: StudyRecord) -> int:
 
 def planned(space: Space) -> int:
     """Trials that a whole study will have, as far as can be told beforehand."""
-    count = space.trials + space.screen.trials
+    count = space.trials + space.screen.trials + bool(space.prescreen.keep)
     count += (space.screen.trials or space.trials) // space.anchor_every if space.anchor_every else 0
     count += {True: 3, False: 0}[FIXED in space.baselines] + (HALVING in space.baselines)
     compared = (DEFAULT in space.baselines) + (FIXED in space.baselines)
@@ -159,6 +165,15 @@ def largest_batch(space: Space, default: Mapping[str, Any]) -> int:
         effective = settings["effective_batch_size"] or settings["max_batch_size"]
         largest = min(int(largest), int(effective)) if settings["effective_batch_size"] else largest
     return int(largest)
+
+
+def smallest_batch(space: Space) -> int:
+    """The smallest micro-batch that the search space allows."""
+    searched_sizes = space.search.get("min_batch_size")
+    if searched_sizes is None:
+        return int(space.fixed.get("min_batch_size", TrainConfig().min_batch_size))
+    smallest: Any = min(searched_sizes.values) if searched_sizes.values else searched_sizes.low  # type: ignore[type-var]
+    return int(smallest)
 
 
 def _held(space: Space, default: Mapping[str, Any], batch: int) -> dict[str, Any]:

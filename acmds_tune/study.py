@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,9 +28,10 @@ from acmds_optimizer.errors import ConfigError
 from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
 from acmds_tune.objective import Ended, read_outcome
+from acmds_tune.plant import CONTROLLED, PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.records import DONE, StudyRecord, ranked
 from acmds_tune.report import is_row, load_study, record
-from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
+from acmds_tune.requires import Requirement, all_hold, distance, draw, nearest_allowed, parse_requirement
 from acmds_tune.space import Parameter, Space, derived_seed, ordered, space_differences
 from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, left, next_step, searched
 
@@ -87,6 +88,7 @@ class SearchStudy:
         self._step: tuple[Step, int] | None = None
         self._requirements: list[Requirement] = [parse_requirement(text) for text in space.requires]
         self._default = self._allowed(default_values(space), derived_seed(space.seed, -(2**32)))
+        self._plant: Plant | None = None
         self._percent: dict[int, int] = {}
         self._constraints = space.parsed_constraints
         self._order = ordered(space.search) or []
@@ -216,6 +218,8 @@ class SearchStudy:
         study.sampler = _sampler(space, derived_seed(space.seed, -1 - started))
         self = cls(directory, space, study, lock)
         self._end_interrupted()
+        for row in self.record().of_stages(("plant",)):
+            self._plant = self._plant or read_plant(self.trial_directory(row.number) / PLANT_FILE)
         return self
 
     def _end_interrupted(self) -> None:
@@ -318,6 +322,8 @@ class SearchStudy:
         for name, value in {"stage": what.stage, "label": what.label, "seed": seed}.items():
             trial.set_user_attr(name, value)
         trial.set_user_attr("config", self._config_to_train_on(settings))
+        if self._plant is not None and what.objective is None:
+            self._predict(trial, self._plant, settings)
         limits = self.space.trial_limits(self.space.screen.share if what.stage == "screen" else 1.0)
         trial_settings = {**settings, **limits, "decoded_cache": str(self.directory / CACHE)}
         values |= {name: value for name, value in more.items() if name in self.space.search}
@@ -387,6 +393,8 @@ class SearchStudy:
         trial.set_user_attr("values", self._values(figures))
         if not sampled:
             self._study.tell(trial, state=TrialState.FAIL)
+            if trial.user_attrs.get("stage") == "plant":
+                self._prescreen(number)
             return status
         if self.space.sampler in WITHOUT_CONSTRAINTS:
             figures = figures if all(value <= 0 for value in violations) else {}
@@ -398,6 +406,24 @@ class SearchStudy:
 
     def _stage(self, number: int) -> str:
         return str(self._running[number].user_attrs.get("stage", "search"))
+
+    def _predict(self, trial: optuna.trial.Trial, plant: Plant, settings: Mapping[str, Any]) -> None:
+        neighbour = [(step.at, step.holds_gb) for step in self.space.neighbour]
+        try:
+            foreseen = simulate(plant, {**to_dict(TrainConfig()), **settings}, neighbour)
+        except ConfigError:  # settings that do not go together; the trial will say so
+            return
+        if foreseen is not None:
+            trial.set_user_attr("predicted_samples_per_second", foreseen.samples_per_second)
+
+    def _prescreen(self, number: int) -> None:
+        """Enqueue the settings that are best on the plant that trial `number` measured."""
+        self._plant = read_plant(self.trial_directory(number) / PLANT_FILE)
+        if self._plant is None:
+            logger.warning("there is no plant, so nothing is tried on it first: see trials/%04d", number)
+            return
+        for values in best_on_plant(self._plant, self.space, self._default, self._requirements):
+            self._study.enqueue_trial(values, user_attrs={"label": "plant"})
 
     def _end_violation(self, number: int, status: str) -> float:
         if status in ("ok", "infeasible"):
@@ -425,6 +451,71 @@ class SearchStudy:
                 value = min([*seen, 0.0]) if maximize else max(seen, default=1000.0)
             result.append(float(value))
         return result
+
+
+def best_on_plant(
+    plant: Plant, space: Space, default: Mapping[str, Any], requirements: Sequence[Requirement]
+) -> list[dict[str, Any]]:
+    """The `prescreen.keep` best of `prescreen.settings` random settings of the controller, no two of them alike.
+
+    Of other settings the plant knows nothing. So the first has the defaults for them, and each further one another
+    value for one of those with choices: since the controller is equally good in all of them, what differs is due to
+    that one. The rest is left to the sampler. With all of them at the defaults, or by chance, the search got slower
+    than without a plant (docs/experiments.md).
+    """
+    known = {name: parameter for name, parameter in space.search.items() if name in CONTROLLED}
+    if not known:
+        return []
+    rng = random.Random(derived_seed(space.seed, -3))
+    defaults = to_dict(TrainConfig())
+
+    def score(values: Mapping[str, Any], seeds: Sequence[int]) -> tuple[float, float] | None:
+        settings = {**defaults, **space.settings(values)}
+        if not all_hold(requirements, settings):
+            return None
+        neighbour = [(step.at, step.holds_gb) for step in space.neighbour]
+        try:
+            runs = [simulate(plant, settings, neighbour, seed=seed) for seed in seeds]
+        except ConfigError:  # two settings that do not go together
+            return None
+        figures = [run.figures() for run in runs if run is not None]
+        if len(figures) < len(runs):
+            return None
+        broken = [c.violation(each[c.figure]) for c in space.parsed_constraints for each in figures if c.figure in each]
+        speed = sum(each["samples_per_second"] for each in figures) / len(figures)
+        return max([0.0, *broken]), -speed
+
+    drawn = [{**default, **{n: v for n, v in draw(space.search, rng).items() if n in known}} for _ in
+             range(space.prescreen.settings)]  # fmt: skip
+    scored = [(found, values) for values in drawn if (found := score(values, [0])) is not None]
+    scored.sort(key=lambda item: item[0])
+    finalists = [values for _, values in scored[: 10 * space.prescreen.keep]]
+    scored = [(found, values) for values in finalists if (found := score(values, range(1, 5))) is not None]
+    scored.sort(key=lambda item: item[0])
+    chosen: list[dict[str, Any]] = []
+    for _, values in scored:
+        if len(chosen) == space.prescreen.keep:
+            break
+        if all(distance(values, other, known) > 0.1 * len(known) for other in chosen):
+            chosen.append({name: values[name] for name in known if name in values})
+    return [values | others for values, others in zip(chosen, _one_changed(space, default), strict=False)]
+
+
+def _one_changed(space: Space, default: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The default choices of the settings that are not the controller's, then with one of them changed, one by one."""
+    others = {
+        name: parameter.values
+        for name, parameter in space.search.items()
+        if name not in CONTROLLED and parameter.values and name in default and not parameter.when
+    }
+    same = {name: default[name] for name in others}
+    yield same
+    for name, values in others.items():
+        for value in values:
+            if value != default[name]:
+                yield same | {name: value}
+    while True:
+        yield {}
 
 
 def default_values(space: Space) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,19 @@ import pytest
 from optuna.trial import TrialState
 
 from acmds_optimizer.errors import ConfigError
+from acmds_tune.baselines import halving
 from acmds_tune.journal import JOURNAL
 from acmds_tune.objective import Ended
+from acmds_tune.plant import (
+    PLANT_FILE,
+    Plant,
+    agreement,
+    fit,
+    measure,
+    read_plant,
+    simulate,
+    sizes_to_measure,
+)
 from acmds_tune.records import (
     Objective,
     StudyRecord,
@@ -316,6 +328,126 @@ def test_the_nearest_configuration_that_may_be_tried_takes_the_place_of_one_that
     assert 56 <= found["max_batch_size"] <= 64
     assert found["lr"] == pytest.approx(0.01, rel=0.5)
     assert nearest_allowed(wanted, search, lambda point: False, rng) is None
+
+
+# --- the plant
+
+PLANT = Plant((8, 16, 32, 64), (2.0, 3.0, 5.0, 9.0), (0.010, 0.012, 0.020, 0.040), 0.002, 1.0, 0.0, 0.0, 12.0)
+CONTROL = {
+    "min_batch_size": 8, "max_batch_size": 64, "effective_batch_size": 64, "target_headroom_gb": 2.0,
+    "knee_gain_fraction": 0.0,
+}  # fmt: skip
+
+
+def rows_of(size: int, peak: float, seconds: float, micro_batches: int = 2, count: int = 8) -> list[dict[str, float]]:
+    row = {"peak_allocated_gb": peak - 0.1, "reserved_gb": peak, "seconds": seconds, "micro_batches": micro_batches}
+    return [{**row, "micro_batch": size, "budget_gb": 12.0} for _ in range(count)]
+
+
+def test_a_plant_is_fitted_from_the_steps_of_runs_with_a_held_batch() -> None:
+    plant = fit({16: rows_of(16, 4.0, 0.04), 8: rows_of(8, 3.0, 0.03), 4: rows_of(4, 9.0, 9.0, count=3)})
+    assert (plant.sizes, plant.peaks_gb, plant.seconds) == ((8, 16), (3.0, 4.0), (0.015, 0.02))
+    assert (plant.base_gb, plant.noise, plant.budget_gb) == (2.0, 0.0, 12.0)
+    assert plant.peak_gb(32) == 6.0
+    assert plant.micro_seconds(12) == pytest.approx(0.0175)
+    assert plant.micro_seconds(1) == 0.015
+    with pytest.raises(ValueError, match="no run has enough steps"):
+        fit({8: rows_of(8, 3.0, 0.03, count=3)})
+
+
+def test_the_micro_batches_that_are_measured_are_evenly_spaced() -> None:
+    assert sizes_to_measure(8, 512) == [8, 32, 128, 512]
+    assert sizes_to_measure(64, 64) == [64]
+    assert sizes_to_measure(4, 6) == [4, 5, 6]
+
+
+def test_on_a_plant_without_noise_the_prediction_is_what_the_steps_take() -> None:
+    found = simulate(PLANT, CONTROL | {"min_batch_size": 32, "max_batch_size": 32})
+    assert found is not None
+    assert (found.batch_size_mean, found.oom_events, found.headroom_breach_fraction) == (32.0, 0, 0.0)
+    assert found.samples_per_second == pytest.approx(64 / (2 * 0.020 + 0.002))
+
+
+def test_a_neighbour_on_the_plant_makes_the_batch_smaller_and_the_cpu_card_run_out() -> None:
+    script = [(0.5, 5.0), (0.9, 0.0)]
+    alone, beside = simulate(PLANT, CONTROL), simulate(PLANT, CONTROL, script)
+    assert alone is not None
+    assert beside is not None
+    assert alone.batch_size_mean == 64.0
+    assert beside.batch_size_mean < 55.0
+    assert beside.samples_per_second < alone.samples_per_second
+    on_cpu = simulate(PLANT, CONTROL | {"device": "cpu"}, script)
+    assert on_cpu is not None
+    assert (beside.oom_events, on_cpu.oom_events) == (0, 1)
+    assert 0 < beside.headroom_breach_fraction < 0.05
+
+
+def test_a_step_that_never_fits_has_no_prediction() -> None:
+    assert simulate(PLANT, CONTROL | {"memory_limit_gb": 0.5, "device": "cpu"}) is None
+
+
+def test_a_study_tries_the_plants_best_after_the_defaults_and_predicts_every_trial(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    text = TEXT.replace("lr:", "optimizer: {values: [adamw, sgd]}\n  lr:").replace("trials: 4", "trials: 5")
+    text += "prescreen: {keep: 3, settings: 40}\n"
+
+    def end(proposal: Proposal) -> Ended:
+        if proposal.stage == "plant":
+            assert (proposal.objective, proposal.settings["min_batch_size"]) == ("acmds_tune.plant:measure", 4)
+            folder = tmp_path / "s" / "trials" / f"{proposal.number:04d}"
+            folder.mkdir(parents=True)
+            (folder / PLANT_FILE).write_text(json.dumps(asdict(PLANT)), encoding="utf-8")
+        return speed_of_lr(proposal)
+
+    study, started = run(text, end)
+    assert [each.stage for each in started] == ["plant"] + ["search"] * 5
+    assert [each.label for each in started[1:]] == ["default", "plant", "plant", "plant", ""]
+    assert [each.values["optimizer"] for each in started[2:4]] == ["adamw", "sgd"]
+    rows = load_study(study.directory).of_stages(("search",))
+    assert [row.predicted is not None for row in rows] == [True] * 5
+    best = max(started[1:5], key=lambda each: each.values["max_batch_size"])
+    assert best.label == "plant"
+    assert SearchStudy.resume(study.directory, study.space)._plant == PLANT
+
+
+def test_without_a_plant_the_search_goes_on(run: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    _, started = run(TEXT + "prescreen: {keep: 2}\n", speed_of_lr)
+    assert [each.stage for each in started] == ["plant"] + ["search"] * 4
+    assert "there is no plant, so nothing is tried on it first" in caplog.text
+
+
+def test_short_runs_measure_a_plant_that_can_be_read_back(tmp_path: Path) -> None:
+    settings = {
+        "device": "cpu", "dataset": "digits", "model": "small_cnn", "memory_limit_gb": 0.006,
+        "target_headroom_gb": 0.001, "min_batch_size": 16, "max_batch_size": 1024, "effective_batch_size": 64,
+        "val_fraction": 0.0,
+    }  # fmt: skip
+    figures_ = measure(settings, tmp_path, lambda progress: None, lambda: False)
+    plant = read_plant(tmp_path / PLANT_FILE)
+    assert plant is not None
+    assert plant.sizes == (16, 64)  # 256 are more than the card holds
+    assert list(plant.peaks_gb) == sorted(plant.peaks_gb)
+    assert figures_["samples_per_second"] > 0
+
+
+def test_agreement_is_the_rank_correlation_and_the_error_after_scaling() -> None:
+    assert agreement([1.0, 2.0, 4.0], [10.0, 20.0, 40.0])[1] == 0.0  # type: ignore[index]
+    assert agreement([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])[0] == pytest.approx(-1.0)  # type: ignore[index]
+    assert agreement([1.0, 2.0], [1.0, 2.0]) is None
+    assert agreement([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+
+
+def test_halving_counts_the_attempts_that_failed(tmp_path: Path) -> None:
+    settings = {
+        "device": "cpu", "dataset": "digits", "model": "small_cnn", "memory_limit_gb": 0.008,
+        "target_headroom_gb": 0.001, "max_batch_size": 256, "effective_batch_size": 256, "max_steps": 6,
+    }  # fmt: skip
+    reports: list[int] = []
+    found = halving(settings, tmp_path, lambda progress: reports.append(progress["oom_events"]), lambda: False)
+    assert (found["oom_events"], found["batch_size_mean"]) == (1, 128.0)
+    assert found["samples_per_second"] < found["samples"] / found["training_seconds"]
+    assert (tmp_path / "steps.csv").read_text(encoding="utf-8").count("\n") == 7
 
 
 # --- earlier studies
