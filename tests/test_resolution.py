@@ -114,6 +114,42 @@ def test_memory_grows_with_the_pixels_so_a_smaller_image_allows_a_larger_micro_b
     assert sizes[0] >= 2 * sizes[1]
 
 
+@pytest.mark.parametrize(
+    ("due", "present", "room", "expected"),  # stages of 64, 96 and 128 px: 8 samples are the work of 2, 4.5 and 8
+    [
+        (1, 0, 100.0, 1),
+        (1, 1, 4.5, 1),
+        (1, 1, 4.4, 0),  # not even the smallest micro-batch fits
+        (1, 0, 4.9, 0),  # it would fit, but not with a tenth to spare
+        (1, 0, 5.0, 1),
+        (0, 0, 0.1, 0),
+        (2, 1, 0.1, 2),  # the last 30 % are at full size
+    ],
+)
+def test_pressure_holds_the_size_back_only_where_the_smallest_micro_batch_does_not_fit(due, present, room, expected):
+    assert stages((3, 128, 128), 0.5, 3).affordable(due, present, 8, room) == expected
+
+
+def test_a_neighbour_makes_the_images_smaller_and_they_grow_back_when_it_goes():
+    images = torch.randint(0, 256, (200, 1, 32, 32), dtype=torch.uint8)
+    dataset = TensorDataset(images, torch.arange(200) % 2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)
+    )
+    config = TrainConfig(
+        start_resolution=0.5, resolution_stages=3, epochs=20, max_batch_size=32, min_batch_size=16,
+        target_headroom_gb=0.001, enable_amp=False, knee_gain_fraction=0.0,
+    )  # fmt: skip
+    memory = BudgetedCpuMemory(14 * 2**20)
+    seen = []
+    with ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory) as trainer:
+        for epoch in range(14):
+            memory.neighbour_bytes = int(11.5 * 2**20) if 9 <= epoch < 11 else 0
+            trainer.train_epoch()
+            seen.append(trainer._stage)
+    assert seen == [0] * 7 + [1] * 2 + [0] * 2 + [1] * 3
+
+
 def test_a_model_that_takes_one_size_only_is_told_so():
     dataset = TensorDataset(torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8), torch.arange(64) % 2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(256, 2))

@@ -57,6 +57,23 @@ class Stages:
         last = len(self.sizes) - 1
         return last if progress >= FULL_SIZE_FROM else int(progress / FULL_SIZE_FROM * last)
 
+    def affordable(self, due: int, present: int, smallest: int, room: float) -> int:
+        """The largest stage up to `due` at which even the smallest micro-batch fits; the last one is not put off.
+
+        Pressure so takes from the micro-batch first, and from the size only where nothing is left to take. Growing
+        again asks for a tenth of room to spare, so that it does not go back and forth.
+
+        Args:
+            due: stage that progress asks for.
+            present: stage of the step before.
+            smallest: samples of the smallest micro-batch that is wanted.
+            room: work, in samples of full size, that fits into memory beside the headroom.
+        """
+        if due == len(self.sizes) - 1:
+            return due
+        fits = (s for s in range(due, 0, -1) if smallest * self.work(s) <= room * (1.0 if s <= present else 0.9))
+        return next(fits, 0)
+
     def work(self, number: int) -> float:
         """Pixels of an image at that stage, relative to the full size."""
         (height, width), (full_height, full_width) = self.sizes[number], self.sizes[-1]

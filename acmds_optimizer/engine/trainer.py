@@ -415,6 +415,9 @@ class ACMDSTrainer:
         if self.stages is None:
             return 1.0
         stage = self.stages.number(self.progress)
+        if (peaks := self.controller.state.peaks).known:
+            room = peaks.work_within(self.controller.reading.budget_bytes - self.controller.limits.headroom_bytes)
+            stage = self.stages.affordable(stage, self._stage, self.config.min_batch_size, room)
         if stage != self._stage:
             self._stage = stage
             if self.train_step.graphs is not None:
