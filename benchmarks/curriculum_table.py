@@ -36,6 +36,12 @@ COLUMNS = {
 }
 """Columns of the CSV file."""
 
+HEADINGS = (
+    "condition", "epochs", "arm", "n", "accuracy %", "less none", "less a shuffle of as many samples",
+    "less none, at its wall time", "less none at its best epoch", "seconds", "to 90 %", "to 93 %", "gate fired",
+    "precision", "recall",
+)  # fmt: skip
+
 Row = dict[str, Any]
 Cell = tuple[str, str, int, float]
 
@@ -64,11 +70,8 @@ def print_tables(paths: Sequence[Path]) -> None:
         mine = [row for row in rows if row["suite"] == suite]
         devices = ", ".join(sorted({f"{row['device']}, torch {row['torch']}" for row in mine}))
         print(f"\n{suite} ({devices})\n")
-        print(
-            "| condition | epochs | arm | n | accuracy % | against none, points | against none at its wall time "
-            "| against none at its best epoch | seconds | to 90 % | to 93 % | gate fired | precision | recall |\n"
-            "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-        )
+        print("| " + " | ".join(HEADINGS) + " |")
+        print("| " + " | ".join("---" if name in ("condition", "arm") else "---:" for name in HEADINGS) + " |")
         for line in lines(mine):
             print("| " + " | ".join(line) + " |")
         early = best_budgets(mine)
@@ -93,6 +96,7 @@ def lines(rows: list[Row]) -> list[list[str]]:
         for arm, seeds in sorted(arms.items(), key=lambda item: item[0] != "none"):
             pairs = [(row, shuffled[seed]) for seed, row in seeds.items() if seed in shuffled and arm != "none"]
             mine = list(seeds.values())
+            equal = [at_equal_samples(row, arms) for row, _ in pairs if arm != "matched"]
             result.append(
                 [
                     condition + (f", lr {lr:g}" if several_rates else ""),
@@ -101,6 +105,7 @@ def lines(rows: list[Row]) -> list[list[str]]:
                     str(len(mine)),
                     mean_se([100 * row["accuracy"] for row in mine]),
                     mean_se([100 * (row["accuracy"] - other["accuracy"]) for row, other in pairs], sign=True),
+                    mean_se([100 * value for value in equal if value is not None], sign=True),
                     mean_se([100 * at_equal_time(row, other) for row, other in pairs], sign=True),
                     mean_se([100 * (row["accuracy"] - other["best_accuracy"]) for row, other in pairs], sign=True),
                     mean_se([row["seconds"] for row in mine]),
@@ -115,13 +120,21 @@ def lines(rows: list[Row]) -> list[list[str]]:
 
 
 def at_equal_time(row: Row, other: Row) -> float:
-    """Accuracy less that of `other`, both at the wall time of the quicker one.
+    """Accuracy of an arm at the wall time at which plain shuffling ended, less the accuracy with which that ended.
 
-    The slower one is read off its own curve there, where its learning rate has not come down yet: never in favour of
-    an arm that takes longer.
+    An arm that takes longer is read off its own curve there, where its learning rate has not come down yet; one that
+    ended sooner gets nothing for the rest of the time. So it errs against the arm.
     """
-    time = min(row["seconds"], other["seconds"])
-    return at_time(row, time) - at_time(other, time)
+    return at_time(row, other["seconds"]) - float(other["accuracy"])
+
+
+def at_equal_samples(row: Row, arms: dict[str, dict[int, Row]]) -> float | None:
+    """Accuracy less that of the shuffle of as many samples and the same seed; None where there is none."""
+    for shuffle in ("none", "matched"):
+        other = arms.get(shuffle, {}).get(int(row["seed"]))
+        if other is not None and abs(other["samples"] / row["samples"] - 1) < 0.01:
+            return float(row["accuracy"] - other["accuracy"])
+    return None
 
 
 def at_time(row: Row, seconds: float) -> float:
