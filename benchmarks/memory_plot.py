@@ -12,7 +12,7 @@ _FIXED = ("fixed_cap", "oracle", "lightning_power", "lightning_binsearch")
 
 
 def draw(timelines: dict[str, tuple[str, list[Point]]], setting: Setting, path: Path) -> None:
-    """Draw into a PNG at `path`, and write the steps behind it to the CSV beside it.
+    """Draw into a PNG at `path`, and write the steps behind it to NAME_steps.csv beside it.
 
     Args:
         timelines: status and steps by system, of the scenario neighbour; one of ours and a fixed batch are drawn.
@@ -63,7 +63,7 @@ def draw(timelines: dict[str, tuple[str, list[Point]]], setting: Setting, path: 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    with path.with_suffix(".csv").open("w", encoding="utf-8") as file:
+    with path.with_name(f"{path.stem}_steps.csv").open("w", encoding="utf-8") as file:
         file.write("system,seconds,images,micro_batch,reserved_gb,budget_gb,target_gb,neighbour_gb\n")
         for name in names:
             for p in timelines[name][1]:

@@ -209,7 +209,7 @@ def test_the_facts_and_the_picture_are_beside_the_table(table):
     assert '"torch"' in text
     if importlib.util.find_spec("matplotlib") is not None:
         assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-        assert (folder / "plot.csv").read_text().startswith("system,seconds,")
+        assert (folder / "plot_steps.csv").read_text().startswith("system,seconds,")
 
 
 def test_ours_follows_growing_images_through_the_controller_alone(tmp_path):

@@ -74,6 +74,11 @@ class PeakModel:
         """The largest work remembered; 0 before the first step."""
         return self.bins[-1].work if self.bins else 0.0
 
+    @property
+    def largest_peak(self) -> float:
+        """Peak bytes at the largest work remembered; 0 before the first step."""
+        return self.bins[-1].peak if self.bins else 0.0
+
     def predict(self, work: float) -> float:
         """Expected peak bytes of a step with this much work; grows with it, but for noise; 0 before the first step."""
         if not self.bins:
