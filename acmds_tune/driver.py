@@ -17,7 +17,7 @@ from acmds_tune.child import Task, request_stop
 from acmds_tune.objective import Ended
 from acmds_tune.report import write_data
 from acmds_tune.space import Space
-from acmds_tune.stages import Wait
+from acmds_tune.stages import Wait, planned_after
 
 if TYPE_CHECKING:
     from acmds_tune.progress import Display
@@ -79,15 +79,17 @@ class Driver:
     @property
     def done(self) -> bool:
         """Nothing more is to be started."""
-        if not self.ending and self.study.missing == 0:
+        if self.ending:
             return True
-        if not self.ending and self._durations:
-            expected = statistics.median(self._durations)
-            if time.monotonic() + expected > self._deadline:
-                self.ending = OUT_OF_TIME
-        if not self.ending and time.monotonic() > self._deadline:
+        if self.study.missing == 0:
+            return True
+        now = time.monotonic()
+        expected = statistics.median(self._durations) if self._durations else 0.0
+        if not self.study.enough and now + expected * (1 + planned_after(self.space)) / self.sharers > self._deadline:
+            self.study.enough = True  # what comes after the search still has its time
+        if now + expected > self._deadline or (self.study.enough and self.study.next_step() is None):
             self.ending = OUT_OF_TIME
-        return bool(self.ending) or self.study.missing == 0
+        return bool(self.ending)
 
     @property
     def idle(self) -> bool:

@@ -124,7 +124,7 @@ class Budget(_Model):
     """Seconds of training a trial."""
 
     minutes: Annotated[float, Gt(0)] | None = None
-    """Minutes for the whole search. No trial is started that would probably end later."""
+    """Minutes for the whole search, baselines and confirmation included. No trial is started that would end later."""
 
 
 class Screen(_Model):

@@ -70,13 +70,14 @@ Step = Sample | Extra | Wait | None
 """None: the study has all that it was asked for."""
 
 
-def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any]) -> Step:
+def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enough: bool = False) -> Step:
     """What to start next.
 
     Args:
         space: what was asked for.
         study: all rows so far, running and interrupted ones included.
         default: the trainer's defaults of the searched settings, moved into the space.
+        enough: the sampler is asked for no more, because the time is needed for what comes after it.
     """
     rows = [row for row in study.trials if not row.interrupted]
     if space.prescreen.keep and not _started(rows, "plant", PLANT) and not _tried_enough(study, "plant", PLANT, None):
@@ -90,7 +91,7 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any]) -> S
         due = sum(row.status != "running" for row in sampled[1:]) // space.anchor_every
         if _count(rows, "anchor") < due and not _tried_enough(study, "anchor", DEFAULT, None):
             return Extra("anchor", DEFAULT, default, seed=sampled[0].seed)
-    if len(sampled) < wanted:
+    if len(sampled) < wanted and not (enough and sampled):
         return Sample(stage)
     agenda = (_train, _baselines, _confirm)
     for part in agenda:
@@ -112,8 +113,15 @@ def left(space: Space, study: StudyRecord) -> int:
 
 def planned(space: Space) -> int:
     """Trials that a whole study will have, as far as can be told beforehand."""
-    count = space.trials + space.screen.trials + bool(space.prescreen.keep)
+    count = space.screen.trials or space.trials
+    count += bool(space.prescreen.keep)
     count += (space.screen.trials or space.trials) // space.anchor_every if space.anchor_every else 0
+    return count + planned_after(space)
+
+
+def planned_after(space: Space) -> int:
+    """Those of them that come after what the sampler proposes."""
+    count = space.trials if space.screen.trials else 0
     count += {True: 3, False: 0}[FIXED in space.baselines] + (HALVING in space.baselines)
     compared = (DEFAULT in space.baselines) + (FIXED in space.baselines)
     return count + (space.confirm.top + compared) * space.confirm.seeds * bool(space.confirm.top)

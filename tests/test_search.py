@@ -208,6 +208,25 @@ def test_a_search_whose_trials_are_all_run_did_not_end_for_want_of_time(
     assert (driver.done, driver.ending) == (True, "")
 
 
+def test_the_minutes_of_a_search_leave_time_for_its_confirmation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now))
+    text = TEXT.replace("trials: 6", "trials: 99") + "budget: {minutes: 1.7}\nconfirm: {top: 1, seeds: 3}\n"
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    space = load(tmp_path / "s.yaml")
+    study = SearchStudy.create(tmp_path / "s", space, text, {})
+    driver = Driver(study, space, objective="", sharers=1, display=Display("s", 1, []))
+    while (task := driver.next_task()) is not None:
+        now += 10.0
+        driver.ended(task.number, Ended("ok", "finished", figures(), 10.0))
+    stages = [row.stage for row in study.record().trials]
+    study.close()
+    assert stages == ["search"] * 7 + ["confirm"] * 3
+    assert (driver.done, driver.ending, study.missing) == (True, OUT_OF_TIME, 92)
+
+
 def test_a_trial_whose_watcher_dies_is_crashed_and_the_search_goes_on(search: Callable[..., SearchResult]) -> None:
     rows = table(search("kills_its_actor", TEXT.replace("trials: 6", "trials: 3")))
     assert list(rows.status) == ["ok", "crashed", "ok"]
