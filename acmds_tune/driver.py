@@ -71,6 +71,7 @@ class Driver:
         self._failures: list[str] | None = []  # reasons of the failed trials while no other has ended
         minutes = space.budget.minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self._half_time = self._deadline - 30 * minutes if minutes else float("inf")
 
     def interrupt(self) -> None:
         """Start nothing more and end the running trials, as on Ctrl-C. May be called from a signal handler."""
@@ -85,8 +86,9 @@ class Driver:
             return True
         now = time.monotonic()
         expected = statistics.median(self._durations) if self._durations else 0.0
-        if not self.study.enough and now + expected * (1 + planned_after(self.space)) / self.sharers > self._deadline:
-            self.study.enough = True  # what comes after the search still has its time
+        after = expected * (1 + planned_after(self.space)) / self.sharers
+        if not self.study.enough and now + after > self._deadline and now > self._half_time:
+            self.study.enough = True  # what comes after the search still has its time, but at most half of it all
         if now + expected > self._deadline or (self.study.enough and self.study.next_step() is None):
             self.ending = OUT_OF_TIME
         return bool(self.ending)
