@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.law import Decision
 
 if TYPE_CHECKING:
     from acmds_optimizer.engine.step import TrainStep
@@ -180,6 +182,37 @@ class GraphedMicroBatches:
         """Whether micro-batches of this size are replayed."""
         return size in self._graphs
 
+    def make_room(self, decision: Decision, micro_batch: int, sample_work: float, *, odd: bool) -> int:
+        """Drop the pool where it is in the way; the micro-batch for what runs eagerly beside it.
+
+        A pool is as large as its largest graph; where memory is what makes the size fall, and where another, larger one
+        is about to be warmed up eagerly, it has to go.
+
+        Args:
+            decision: for the coming step.
+            micro_batch: what the step would run with.
+            sample_work: size of its largest sample relative to the usual one.
+            odd: whether it is the last of an epoch and of another size than the others, so that nothing is captured.
+        """
+        if decision.reason in ("shrink", "budget", "below_min"):
+            self.drop_above(decision.batch)
+        elif self.largest < decision.batch:
+            self.drop_above(0)
+        if not odd or not self._graphs:
+            return micro_batch
+        peaks = self._step.guard.controller.state.peaks
+        room = peaks.work_within(decision.target_bytes - self.pool_bytes) / sample_work
+        if room < 1.0:
+            self.drop_above(0)
+            return micro_batch
+        return int(min(room, micro_batch))
+
+    def drop_above(self, micro_batch: int) -> None:
+        """Drop the graphs and give their memory back, if a larger size than this is captured."""
+        if self.largest > micro_batch:
+            self.release()
+            self._step.guard.controller.memory.release_cache()
+
     def release(self) -> None:
         """Drop all graphs and their memory; sizes that are used again are captured again."""
         self._graphs.clear()
@@ -278,6 +311,18 @@ class GraphedMicroBatches:
             self.off_reason = reason
             self.release()
         return None, None
+
+
+def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Literal["auto"]:
+    """What the configuration asks for, where it can be had; warns where graphs were asked for and cannot."""
+    wanted, reason = config.enable_cuda_graphs, ""
+    if device.type != "cuda":
+        reason = f"there are none on {device}"
+    elif config.gradient_checkpointing:
+        reason = "recomputed activations cannot be captured"
+    if reason and wanted is True:
+        logger.warning("CUDA graphs: %s; training without", reason)
+    return False if reason else wanted
 
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:

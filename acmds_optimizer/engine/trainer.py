@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,13 +26,14 @@ from acmds_optimizer.engine.average import WeightAverage
 from acmds_optimizer.engine.batches import Batch, EpochStream
 from acmds_optimizer.engine.data import make_source
 from acmds_optimizer.engine.evaluate import Best, evaluate
-from acmds_optimizer.engine.graphs import GraphedMicroBatches
+from acmds_optimizer.engine.graphs import wanted_graphs
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
 from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
+from acmds_optimizer.engine.rehearsal import check_outputs, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
-from acmds_optimizer.errors import ConfigError, DataError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice
 from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
@@ -42,8 +43,6 @@ from acmds_optimizer.zoo.datasets import DataBundle, describe
 logger = logging.getLogger(__name__)
 
 _NEIGHBOUR_SHARE = 0.03
-_REHEARSALS = 12
-_LAST_LEAP = 4
 _SCORES_AHEAD = 64
 _NUMBERS_AHEAD = 2**20
 
@@ -160,7 +159,7 @@ class ACMDSTrainer:
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
             self.model, self.guard, make_loss(self.config, loss_fn), dtype, channels_last,
-            cuda_graphs=self._wants_graphs(), compiled=self.config.compile_model,
+            cuda_graphs=wanted_graphs(self.config, self.device), compiled=self.config.compile_model,
         )  # fmt: skip
 
     def _set_up_data(self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None) -> None:
@@ -229,7 +228,6 @@ class ACMDSTrainer:
         plan = self.sampler.plan
         if not self.controller.state.peaks.known:
             self._rehearse()
-            self.controller.memory.release_cache()  # sizes that are not used again have left their blocks
         with self.source.stream(
             plan.order, plan.weights, epoch=self.epoch, start=self.sampler.position, augment=True
         ) as stream:
@@ -265,67 +263,15 @@ class ACMDSTrainer:
         }
 
     def _rehearse(self) -> None:
-        """Learn the memory and time of growing micro-batches on one batch, forward and backward only, and undo it all.
-
-        So the first real step is taken at a size that is known to fit, and accumulation does not crawl until then.
-        """
-        plan, failed, last, work = self.sampler.plan, 0, 0, self._enter_stage()
+        plan, work = self.sampler.plan, self._enter_stage()
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
             batch = self._sized(self.mixing(stream.take(self.controller.limits.buckets[-1]), self.epoch, 0))
         self.controller.memory.track([batch.inputs, batch.targets])
-        self._check_outputs(batch)
-        for _ in range(_REHEARSALS):
-            size = min(self.controller.decide(work, rehearsal=True).batch, len(batch))
-            if size == last:
-                break
-            # two sizes tell enough for a last leap, whose time the first real steps will tell
-            leap = self.controller.state.peaks.sizes >= 2 and size <= _LAST_LEAP * last
-            last = size
-            for repeat in range(1 if leap else 1 + self.controller.state.times.needed):
-                began = time.perf_counter()
-                self._clock.start()
-                event = self.guard.rehearse(
-                    lambda micro: self.train_step.rehearse(batch, micro), size, failed, sample_work=work
-                )
-                if event is not None:
-                    failed += 1
-                    self.recorder.out_of_memory(event, self._where(), recovered=True)
-                    break
-                self._clock.stop(size, 1, steady=repeat > 0)
-                if self.train_step.graphs is not None:
-                    self.train_step.graphs.note_launch(time.perf_counter() - began)
-                self.controller.observe(size, sample_work=work)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            for timed, seconds, _ in self._clock.timings():
-                self.controller.time(timed, seconds)
-            if leap:
-                break
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _check_outputs(self, batch: Batch) -> None:
-        """On CUDA a label without an output is an assertion in a kernel, after which the process is of no use."""
-        if self._num_classes is None and self.stages is None:
-            return
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                outputs = self.train_step.logits(batch.inputs[:1])
-        except (RuntimeError, AssertionError, ValueError) as error:
-            if self.stages is None or is_out_of_memory(error):
-                raise
-            size = "x".join(str(side) for side in batch.inputs.shape[2:])
-            message = f"the model cannot take images of {size} px ({error}); leave start_resolution at 1"
-            raise ConfigError("start_resolution", [message]) from error
-        finally:
-            self.model.train()
-        if self._num_classes is None:
-            return
-        if outputs.shape[-1] < self._num_classes:
-            raise DataError(
-                f"the model has {outputs.shape[-1]} outputs for {self._num_classes} classes; "
-                "build it with num_classes outputs"
-            )
+        check_outputs(self.train_step, batch, self._num_classes, shrunk=self.stages is not None)
+        rehearse(
+            self.train_step, self._clock, batch, work,
+            lambda event: self.recorder.out_of_memory(event, self._where(), recovered=True),
+        )  # fmt: skip
 
     def _one_step(self, stream: EpochStream, began: float) -> None:
         before = self.controller.reading
@@ -343,12 +289,12 @@ class ACMDSTrainer:
         graphs, captures = self.train_step.graphs, 0
         if graphs is not None:
             captures = graphs.captures
-            first = self._make_room(graphs, decision, first, work, odd=last and len(batch) % count != 0)
+            first = graphs.make_room(decision, first, work, odd=last and len(batch) % count != 0)
         self._clock.start()
 
         def attempt(micro_batch: int) -> torch.Tensor:
-            if micro_batch < first:
-                self._drop_graphs_above(micro_batch)
+            if graphs is not None and micro_batch < first:
+                graphs.drop_above(micro_batch)
             return self.train_step(batch, micro_batch)
 
         try:
@@ -386,7 +332,8 @@ class ACMDSTrainer:
                 message = str(error).splitlines()[0]
             if not last_try:
                 stream.read_less_ahead()
-                self._drop_graphs_above(0)
+                if self.train_step.graphs is not None:
+                    self.train_step.graphs.drop_above(0)
                 self.controller.memory.release_cache()
         raise OutOfMemoryForGoodError(
             f"out of memory: the {count} samples of a step do not fit on {self.device}. Try a smaller "
@@ -434,42 +381,6 @@ class ACMDSTrainer:
         if self.stages is None:
             return batch
         return dataclasses.replace(batch, inputs=self.stages.resize(batch.inputs, self._stage))
-
-    def _wants_graphs(self) -> bool | Literal["auto"]:
-        wanted = self.config.enable_cuda_graphs
-        reason = ""
-        if self.device.type != "cuda":
-            reason = f"there are none on {self.device}"
-        elif self.config.gradient_checkpointing:
-            reason = "recomputed activations cannot be captured"
-        if reason and wanted is True:
-            logger.warning("CUDA graphs: %s; training without", reason)
-        return False if reason else wanted
-
-    def _make_room(self, graphs: GraphedMicroBatches, decision: Decision, first: int, work: float, *, odd: bool) -> int:
-        """Drop the graphs' pool where it is in the way; the micro-batch for what runs eagerly beside it.
-
-        A pool is as large as its largest graph; where memory is what makes the size fall, and where another, larger one
-        is about to be warmed up eagerly, it has to go.
-        """
-        if decision.reason in ("shrink", "budget", "below_min"):
-            self._drop_graphs_above(decision.batch)
-        elif 0 < graphs.largest < decision.batch:
-            self._drop_graphs_above(0)
-        if not odd or not graphs.largest:
-            return first
-        room = self.controller.state.peaks.work_within(decision.target_bytes - graphs.pool_bytes) / work
-        if room < 1.0:
-            self._drop_graphs_above(0)
-            return first
-        return int(min(room, first))
-
-    def _drop_graphs_above(self, micro_batch: int) -> None:
-        """A pool of graphs is as large as its largest; where memory is what makes the size fall, it has to go."""
-        graphs = self.train_step.graphs
-        if graphs is not None and graphs.largest > micro_batch:
-            graphs.release()
-            self.controller.memory.release_cache()
 
     def _observe(
         self,
