@@ -40,8 +40,10 @@ class EpochLog:
     def __init__(self, folder: Path | None, resume_step: int | None = None) -> None:
         self._log = CsvLog(folder / "epochs.csv" if folder else None, EPOCH_COLUMNS, resume_step)
 
-    def write(self, epoch: int, steps: int, seconds: float, figures: Mapping[str, float], difficulty: Tensor) -> None:
-        """One row: after `steps` optimizer steps in all, with difficulties (n,) in [0, 1]."""
+    def write(
+        self, epoch: int, steps: int, seconds: float, figures: Mapping[str, float], difficulty: Tensor
+    ) -> dict[str, float]:
+        """One row, after `steps` optimizer steps in all; the quantiles of difficulty (n,) in [0, 1], by column."""
         ordered = difficulty.float().cpu().sort().values
         ranks = {
             f"difficulty_p{p}": float(ordered[min(len(ordered) - 1, len(ordered) * p // 100)]) for p in (10, 50, 90)
@@ -49,6 +51,7 @@ class EpochLog:
         row = {**dict.fromkeys(EPOCH_COLUMNS, ""), **figures, **ranks}
         row |= {"epoch": epoch, "step": steps - 1, "seconds": seconds, "is_best": int(figures.get("is_best", 0))}
         self._log.write([row])
+        return ranks
 
     def close(self) -> None:
         self._log.close()

@@ -125,10 +125,11 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
         nonlocal saved_epoch
         if "is_best" in figures:  # else the epoch was cut off, and a resumed run will write its row
             difficulty = trainer.dataset.difficulty_scores
-            epochs.write(trainer.epoch, trainer.step, trainer.seconds, figures, difficulty)
+            ranks = epochs.write(trainer.epoch_number, trainer.step, trainer.seconds, figures, difficulty)
+            figures |= ranks
         is_best = bool(figures.pop("is_best", False))
         trainer.recorder.scalars(trainer.step, figures)
-        logger.info("epoch %d: %s", trainer.epoch, describe_epoch(figures, is_best=is_best))
+        logger.info("epoch %d: %s", trainer.epoch_number, describe_epoch(figures, is_best=is_best))
         due = trainer.epoch - saved_epoch >= config.checkpoint_every
         if due or is_best or trainer.finished or trainer.should_stop():
             save(best=is_best)

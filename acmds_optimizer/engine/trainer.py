@@ -196,6 +196,11 @@ class ACMDSTrainer:
         return min(1.0, share)
 
     @property
+    def epoch_number(self) -> int:
+        """Number, from 1, of the epoch that ended last, or of the one in whose middle the training stands."""
+        return self.epoch + (0 < self.sampler.position < self.sampler.num_samples)
+
+    @property
     def finished(self) -> bool:
         return self.epoch >= self.total_epochs or self.progress >= 1.0 or self.best.exhausted
 
@@ -514,7 +519,7 @@ class ACMDSTrainer:
                 figures |= self.evaluate()
                 self.unvalidated = False
                 self.schedule.end_epoch(figures.get("val_loss", figures["epoch_loss"]))
-                figures["is_best"] = self.best.update(figures, self.epoch)
+                figures["is_best"] = self.best.update(figures, self.epoch_number)
             if on_epoch is not None:
                 on_epoch(figures)
 
