@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -189,6 +190,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {"check": _check, "export": _
 
 
 def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's; each process would train, and write, the same run
+        raise ConfigError("torchrun", ["several processes are not supported; start acmds-train by itself"])
     resume = Path(own["resume"]) if own["resume"] else None
     config, output_dir = _resolve(own["config"], resume, flags)
     from acmds_optimizer.engine.checkpoint import NEWEST  # torch loads here, after --help and typos

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("torch", "torchvision", "ray", "optuna", "pydantic", "pandas", "plotly", "scikit-learn")
+PACKAGES = ("torch", "torchvision", "ray", "optuna", "pydantic", "pandas", "plotly", "scikit-learn", "torchmetrics")
 """Distributions that a search needs."""
 
 TRIAL_LIMIT_S = 120.0

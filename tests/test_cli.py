@@ -119,6 +119,14 @@ def test_wrong_usage_ends_with_2_and_says_what_to_change(arguments, message, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_torchrun_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(CPU) == 2
+    assert "several processes are not supported" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_prints_its_figures_on_stdout_and_says_where_it_is(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main([*CPU, "--max-steps", "3", "--quiet", "--log-file", "log.txt"]) == 0

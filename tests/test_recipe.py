@@ -102,6 +102,14 @@ def test_sgd_takes_momentum_and_nesterov():
     assert (group["momentum"], group["nesterov"]) == (0.5, True)
 
 
+def test_sgd_with_the_weight_decay_of_adamw_is_warned_of(caplog):
+    build_optimizer(SmallCNN(10, 1), config(optimizer="sgd"))
+    assert "0.05 is for AdamW" in caplog.text
+    caplog.clear()
+    build_optimizer(SmallCNN(10, 1), config(optimizer="sgd", weight_decay=5e-4))
+    assert not caplog.text
+
+
 # --- losses
 
 

@@ -190,9 +190,9 @@ def report(prediction: Prediction, shape: tuple[int, ...], config: TrainConfig) 
         "",
         f"model: {config.model}, {prediction.parameters:,} parameters, {prediction.trained:,} of them trained",
         f"input: {'x'.join(str(side) for side in shape)}",
-        f"memory_per_sample_mb: {prediction.bytes_per_sample / 2**20:.1f}",
-        f"largest_batch: {largest}, on {what} ({card:g} GB to allocate), {config.target_headroom_gb:g} GB kept free",
-        f"peak_gb: {prediction.peak_bytes(chosen) / GIB:.2f} at micro-batch {chosen}, for an effective batch of "
+        f"memory_per_sample_mb: {prediction.bytes_per_sample / 2**20:.3g}",
+        f"largest_batch: {largest}, on {what} ({card:g} GB to allocate), {config.target_headroom_gb:.3g} GB kept free",
+        f"peak_gb: {prediction.peak_bytes(chosen) / GIB:.3g} at micro-batch {chosen}, for an effective batch of "
         f"{config.step_samples}",
     ]
     if largest < 1:

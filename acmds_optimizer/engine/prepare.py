@@ -58,6 +58,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         raise DataError(
             f"model {config.model!r}: none of its parameters requires a gradient, so nothing can be trained"
         )
+    if config.optimizer == "sgd" and config.weight_decay > 0.01:
+        logger.warning(
+            "weight decay: %g is for AdamW; SGD adds it to the gradient, and is usually given 1e-4 to 5e-4",
+            config.weight_decay,
+        )
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "adamw": lambda **kw: torch.optim.AdamW(groups, lr=config.lr, **kw),
         "sgd": lambda **kw: torch.optim.SGD(
