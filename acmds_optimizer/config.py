@@ -207,6 +207,9 @@ class TrainConfig(CurriculumConfig):
     label_smoothing: Annotated[float, Ge(0.0), Lt(1.0)] = 0.0
     """Share of the target that is spread over all classes. Logged losses and difficulties stay unsmoothed."""
 
+    broken_images: Literal["error", "skip"] = "error"
+    """An unreadable file of an image folder: ends the run, or is named in the log and the next takes its place."""
+
     num_workers: Annotated[int, Ge(0)] | None = None
     """Processes that decode images; none: up to 8, one fewer than there are cores."""
 

@@ -313,6 +313,37 @@ def test_a_broken_image_is_named(photos, tmp_path, processes, content):
         source.close()
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_broken_image_gives_its_place_to_the_next_where_asked_and_is_named_once(photos, tmp_path, processes, caplog):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number, picture in enumerate(sorted((photos / name).iterdir())[:5]):
+            shutil.copy(picture, tmp_path / name / f"{number}.jpg")
+    for broken in ("a/3.jpg", "a/4.jpg", "b/4.jpg"):
+        (tmp_path / broken).write_bytes(b"no image at all")
+    config = TrainConfig(
+        dataset=str(tmp_path),
+        device="cpu",
+        image_size=32,
+        val_fraction=0.0,
+        broken_images="skip",
+        num_workers=processes,
+    )
+    data = build_data(config)
+    source = make_source(data.train, data, config, "cpu", train=False)
+    try:
+        for epoch in range(2):
+            batch = source.stream(np.arange(10), epoch=epoch).take(10)
+            # a/3 and a/4 became b/0, b/4 the first of all
+            assert batch.targets.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]
+            assert torch.equal(batch.inputs[3], batch.inputs[5])
+            assert torch.equal(batch.inputs[9], batch.inputs[0])
+        skipped = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped")]
+        assert sorted(line.split(": cannot")[0][-7:] for line in skipped) == ["a/3.jpg", "a/4.jpg", "b/4.jpg"]
+    finally:
+        source.close()
+
+
 def test_a_process_that_dies_is_reported_as_such():
     class Deadly(Dataset):
         targets = (0, 1)

@@ -64,6 +64,7 @@ def make_source(
     spec = InputSpec(
         bundle.image_shape, bundle.mean, bundle.std, bundle.flip, bundle.crop, bundle.is_float, bundle.num_classes,
         config.seed, settings.auto_augment if augment else "none", settings.cutout_fraction if augment else 0.0,
+        settings.broken_images == "skip",
     )  # fmt: skip  # in the order of the fields
     workers = resolve_workers(settings.num_workers)
     count = length(dataset)

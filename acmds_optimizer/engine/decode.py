@@ -33,7 +33,8 @@ PREFETCHED_CHUNKS = 3
 SHARED_MEMORY = Path("/dev/shm")
 
 Chunk = tuple[Tensor, Tensor, str]
-"""images (k, ...), targets (k,) int64, and what went wrong, or "": a worker's exception would lose its own text."""
+"""images (k, ...), targets (k,) int64, and what went wrong, or "", since a worker's exception would lose its own text:
+without images an error, with them a line for each file that was skipped."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Decoder(Dataset[Chunk]):
         images = _empty(len(request.indices), spec)
         rows = images.numpy()  # torch would start threads for each image, which costs more than the copy
         labels = [0] * len(request.indices)
+        skipped: list[str] = []
         for row, index in enumerate(request.indices.tolist()):
             rng = None
             if self.is_foreign or request.augment:
@@ -68,11 +70,25 @@ class Decoder(Dataset[Chunk]):
             if self.is_foreign and rng is not None:  # its own random transforms, if any, use the global generators
                 _seed_globals(int(rng.integers(2**32)))
             try:
-                pixels, labels[row] = self._read(index, rng if request.augment else None)
+                pixels, labels[row], said = self._read_or_next(index, rng if request.augment else None)
                 rows[row] = pixels.detach().numpy()
+                skipped += said
             except DataError as error:
                 return images[:0], torch.empty(0, dtype=torch.int64), str(error)
-        return images, torch.tensor(labels, dtype=torch.int64), ""
+        return images, torch.tensor(labels, dtype=torch.int64), "\n".join(skipped)
+
+    def _read_or_next(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int, list[str]]:
+        """An item, or where broken files are skipped the next one that can be read; and which were skipped."""
+        skipped: list[str] = []
+        if self.spec.skip_broken and not self.is_foreign:
+            count = length(self.dataset)
+            for _ in range(count - 1):
+                try:
+                    return *self._read(index, rng), skipped
+                except DataError as error:
+                    skipped.append(str(error))
+                    index = (index + 1) % count
+        return *self._read(index, rng), skipped
 
     def _read(self, index: int, rng: np.random.Generator | None) -> tuple[Tensor, int]:
         if self.is_foreign:
@@ -159,6 +175,7 @@ class ChunkReader:
         self._loader: DataLoader[Chunk] | None = None
         self._workers = workers
         self._pin = pin
+        self._named: set[str] = set()
 
     def read(self, order: np.ndarray, start: int, epoch: int, augment: bool) -> Iterator[Chunk]:
         """Chunks of `order` from `start` on. Ends the reading begun by an earlier call.
@@ -180,7 +197,7 @@ class ChunkReader:
                 torch.set_rng_state(states[0])
                 np.random.set_state(states[1])  # noqa: NPY002
                 random.setstate(states[2])
-            yield _checked(chunk)
+            yield self._checked(chunk)
 
     def _read_there(self, requests: list[Request]) -> Iterator[Chunk]:
         if self._loader is None:
@@ -212,7 +229,17 @@ class ChunkReader:
                 raise DataError(
                     f"a process that decodes images died ({error}). If the machine ran out of memory, lower num_workers"
                 ) from error
-            yield _checked(chunk)
+            yield self._checked(chunk)
+
+    def _checked(self, chunk: Chunk) -> Chunk:
+        images, _, said = chunk
+        if said and not len(images):
+            raise DataError(said)
+        for line in said.splitlines():
+            if line not in self._named:
+                self._named.add(line)
+                logger.warning("skipped: %s", line)
+        return chunk
 
     def close(self) -> None:
         """End the worker processes."""
@@ -221,12 +248,6 @@ class ChunkReader:
             self._loader = None
             if iterator is not None:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the multi-process iterator, which this is
-
-
-def _checked(chunk: Chunk) -> Chunk:
-    if chunk[2]:
-        raise DataError(chunk[2])
-    return chunk
 
 
 def _chunk_samples(item_bytes: int, workers: int) -> int:

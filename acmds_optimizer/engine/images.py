@@ -39,6 +39,8 @@ class InputSpec:
     seed: int
     auto_augment: Literal["none", "trivial", "rand"] = "none"
     cutout_fraction: float = 0.0
+    skip_broken: bool = False
+    """Whether the next image of a folder that can be read takes the place of one that cannot."""
 
     @property
     def padding(self) -> tuple[int, int]:

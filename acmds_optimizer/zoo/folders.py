@@ -66,13 +66,24 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         return ImageFiles(self.root, self.names[indices], self.targets[indices], self.classes)
 
     def sample_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) from the headers of up to SAMPLED_HEADERS files, evenly spaced."""
+        """(height, width) from the headers of up to SAMPLED_HEADERS files, evenly spaced; unreadable ones left out.
+
+        Raises:
+            DataError: none of them can be read.
+        """
         picks = sorted({int(i) for i in np.linspace(0, len(self) - 1, min(len(self), SAMPLED_HEADERS))})
         sizes = []
+        problem: DataError | None = None
         for index in picks:
-            image, _ = self[index]
+            try:
+                image, _ = self[index]
+            except DataError as error:
+                problem = error
+                continue
             with image:
                 sizes.append((image.height, image.width))
+        if problem is not None and not sizes:
+            raise problem
         return sizes
 
 

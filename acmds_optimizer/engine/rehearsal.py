@@ -1,0 +1,105 @@
+"""Growing micro-batches on one batch, before the first step, and undone: so that the first real step fits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.step import StepClock, TrainStep
+from acmds_optimizer.errors import ConfigError, DataError
+from acmds_optimizer.memory.guard import OutOfMemoryEvent, is_out_of_memory
+
+_REHEARSALS = 12
+_LAST_LEAP = 4
+
+
+def rehearse(
+    train_step: TrainStep,
+    clock: StepClock,
+    batch: Batch,
+    sample_work: float,
+    on_error: Callable[[OutOfMemoryEvent], None],
+) -> None:
+    """Learn the memory and time of growing micro-batches, forward and backward only, and undo it all.
+
+    So the first real step is taken at a size that is known to fit, and accumulation does not crawl until then.
+
+    Args:
+        train_step: its guard's controller chooses the sizes, and learns.
+        clock: of the training's steps.
+        batch: as many samples as the largest micro-batch, where there are so many.
+        sample_work: size of its largest sample relative to the usual one.
+        on_error: told of each out-of-memory error on the way.
+
+    Raises:
+        OutOfMemoryForGoodError: not one sample fits.
+    """
+    guard, controller = train_step.guard, train_step.guard.controller
+    failed, last = 0, 0
+    for _ in range(_REHEARSALS):
+        size = min(controller.decide(sample_work, rehearsal=True).batch, len(batch))
+        if size == last:
+            break
+        # two sizes tell enough for a last leap, whose time the first real steps will tell
+        leap = controller.state.peaks.sizes >= 2 and size <= _LAST_LEAP * last
+        last = size
+        for repeat in range(1 if leap else 1 + controller.state.times.needed):
+            began = time.perf_counter()
+            clock.start()
+            event = guard.rehearse(
+                lambda micro: train_step.rehearse(batch, micro), size, failed, sample_work=sample_work
+            )
+            if event is not None:
+                failed += 1
+                on_error(event)
+                break
+            clock.stop(size, 1, steady=repeat > 0)
+            if train_step.graphs is not None:
+                train_step.graphs.note_launch(time.perf_counter() - began)
+            controller.observe(size, sample_work=sample_work)
+        if controller.device.type == "cuda":
+            torch.cuda.synchronize(controller.device)
+        for timed, seconds, _ in clock.timings():
+            controller.time(timed, seconds)
+        if leap:
+            break
+    guard.optimizer.zero_grad(set_to_none=True)
+    controller.memory.release_cache()  # sizes that are not used again have left their blocks
+
+
+def check_outputs(train_step: TrainStep, batch: Batch, num_classes: int | None, *, shrunk: bool) -> None:
+    """Run one sample forward and look at what comes out.
+
+    On CUDA a label without an output is an assertion in a kernel, after which the process is of no use.
+
+    Args:
+        train_step: its model is run in evaluation mode.
+        batch: its first sample is used.
+        num_classes: outputs that are needed; None: not known.
+        shrunk: whether the images are smaller than asked for, since they start at a lower resolution.
+
+    Raises:
+        DataError: there are fewer outputs than classes.
+        ConfigError: the model cannot take images that small.
+    """
+    if num_classes is None and not shrunk:
+        return
+    train_step.model.eval()
+    try:
+        with torch.no_grad():
+            outputs = train_step.logits(batch.inputs[:1])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if not shrunk or is_out_of_memory(error):
+            raise
+        size = "x".join(str(side) for side in batch.inputs.shape[2:])
+        message = f"the model cannot take images of {size} px ({error}); leave start_resolution at 1"
+        raise ConfigError("start_resolution", [message]) from error
+    finally:
+        train_step.model.train()
+    if num_classes is not None and outputs.shape[-1] < num_classes:
+        raise DataError(
+            f"the model has {outputs.shape[-1]} outputs for {num_classes} classes; build it with num_classes outputs"
+        )
