@@ -19,6 +19,7 @@ from acmds_optimizer import TrainConfig, cli, run_training
 from acmds_optimizer.engine.prepare import checkpoint_activations
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import build_data
+from acmds_optimizer.zoo.items import TensorImages
 from acmds_optimizer.zoo.models import SmallCNN, build_model, freeze
 
 
@@ -230,6 +231,16 @@ def test_classes_of_unequal_size_are_named(counts, level, tmp_path, caplog):
     assert [record.levelno for record in found] == ([] if level is None else [level])
     if found:
         assert f"'cat' has {counts['cat']} training samples, 'dog' has {counts['dog']}" in found[0].getMessage()
+
+
+def test_a_policy_that_cannot_take_the_images_is_refused(monkeypatch):
+    module: Any = types.ModuleType("four_channels")
+    images = TensorImages(torch.zeros(8, 4, 16, 16, dtype=torch.uint8), [0, 1] * 4)
+    module.data = lambda: (images, None)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(DataError, match="auto_augment rand: takes images of 1 or 3 channels, not of 4"):
+        build_data(TrainConfig(dataset="four_channels:data", auto_augment="rand"))
+    assert build_data(TrainConfig(dataset="four_channels:data")).image_shape == (4, 16, 16)
 
 
 def test_corrupt_images_are_listed(tmp_path, capsys):

@@ -89,6 +89,9 @@ def build_data(config: TrainConfig) -> DataBundle:
             f"the path of a folder of images, hf:NAME, and package.module:callable"
         )
     bundle.num_classes = _class_count(bundle, config.num_classes)
+    channels = bundle.image_shape[0]
+    if config.augment and config.auto_augment != "none" and not bundle.is_float and channels not in (1, 3):
+        raise DataError(f"auto_augment {config.auto_augment}: takes images of 1 or 3 channels, not of {channels}")
     _say_balance(bundle)
     return bundle
 
