@@ -20,10 +20,12 @@ BATCH, SIZE, PAD = 512, 32, 4
 
 
 def read(path: Path) -> np.ndarray:
+    """One image as (32, 32, 3) uint8."""
     return np.asarray(Image.open(path).convert("RGB"))
 
 
 def split(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, 32, 32) uint8 and targets (n,), on the GPU."""
     classes = sorted(path.name for path in folder.iterdir())
     files = [(path, number) for number, name in enumerate(classes) for path in (folder / name).iterdir()]
     with ProcessPoolExecutor(12) as pool:
@@ -33,12 +35,14 @@ def split(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor) -> Tensor:
+    """Uint8 to normalised float32, NHWC."""
     mean = torch.tensor([0.4914, 0.4822, 0.4465], device="cuda").view(1, 3, 1, 1) * 255
     std = torch.tensor([0.247, 0.2435, 0.2616], device="cuda").view(1, 3, 1, 1) * 255
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def augment(images: Tensor) -> Tensor:
+    """Random crops of the padded images, and mirroring."""
     images = nn.functional.pad(images, (PAD,) * 4)
     rows, columns = torch.randint(0, 2 * PAD + 1, (2, len(images), 1), device="cuda")
     steps, count = torch.arange(SIZE, device="cuda"), torch.arange(len(images), device="cuda")
@@ -53,6 +57,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def run(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], epochs: int, lr: float, smoothing: float) -> None:
+    """Train from scratch and print the accuracy on the test images."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
