@@ -34,6 +34,7 @@ COLUMNS = {
 _TILES = 8
 _TILE_PX = 112
 _TEXT_PX = 26
+_LETTERS = 20
 
 
 def write_flagged(folder: Path, dataset: Dataset[Any], gate: NoiseGate, classes: list[str] | None) -> None:
@@ -67,7 +68,9 @@ def write_flagged(folder: Path, dataset: Dataset[Any], gate: NoiseGate, classes:
         image = _picture(dataset, i)
         if image is None:
             return
-        tiles.append((image, f"{name(labels[i])}\n> {name(predictions[i])} {confidences[i]:.0%}"))
+        tiles.append(
+            (image, f"{name(labels[i])[:_LETTERS]}\n> {name(predictions[i])[: _LETTERS - 7]} {confidences[i]:.0%}")
+        )
     if tiles:
         contact_sheet(tiles).save(folder / SHEET)
 
