@@ -1,6 +1,8 @@
 """Resolution stages against full resolution under one memory budget, on scenes of 128 px composed on the device.
 
 usage: python -m benchmarks.resolution --data /tmp/cifar --out resolution.csv --deadline 170
+       python -m benchmarks.resolution --data /tmp/cifar --out resolution_cpu.csv --device cpu --images cifar \
+           --model small_cnn --samples 5000 --batch 128 --lr 0.1 --memory-gb 0.15 --epochs 10
 
 For each seed three runs with the same settings: full size throughout; stages, as many epochs; and full size again with
 its schedule fitted to the wall time that the stages took (`full in that time`). Each visible GPU runs seeds of its own.
@@ -45,8 +47,9 @@ FULL_EPOCHS = 10_000
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs share."""
     return {
-        "amp_dtype": "bf16", "channels_last": True, "enable_cuda_graphs": True, "max_batch_size": 512,
-        "min_batch_size": 64, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.2,
+        "amp_dtype": "bf16", "channels_last": True, "enable_cuda_graphs": "auto" if arguments.on_cpu else True,
+        "enable_amp": not arguments.on_cpu, "max_batch_size": arguments.batch, "min_batch_size": arguments.batch // 8,
+        "optimizer": "sgd", "lr": arguments.lr, "weight_decay": 5e-4, "warmup_fraction": 0.2, "model": arguments.model,
         "memory_limit_gb": arguments.memory_gb, "target_headroom_gb": 0.15 * arguments.memory_gb, "num_workers": 0,
     }  # fmt: skip
 
@@ -55,7 +58,7 @@ def run(arm: str, seed: int, bundle: DataBundle, device: str, common: dict[str, 
     """Train once; a row of the table."""
     config = TrainConfig(**common, device=device, seed=seed, **more)
     torch.manual_seed(seed)
-    model = build_model("resnet18", curriculum_data.CLASSES, image_size=curriculum_data.SCENE_PX)
+    model = build_model(config.model, curriculum_data.CLASSES, image_size=bundle.image_shape[-1])
     memory = open_memory(device, config.memory_limit_gb)
     curve: list[tuple[float, int, float]] = []
     batches: list[int] = []
@@ -83,12 +86,16 @@ def run(arm: str, seed: int, bundle: DataBundle, device: str, common: dict[str, 
 
 def work(data: str, device: str, seeds: list[int], arguments: argparse.Namespace, began: float, rows: Any) -> None:
     """A process: all runs of some seeds on one device."""
+    if arguments.on_cpu:
+        torch.set_num_threads(1)
     images: curriculum_data.Images = pickle.loads(Path(data).read_bytes())
     kept = np.random.default_rng(0).permutation(len(images.train))[: arguments.samples]
     where = torch.device(device)
-    train = TensorImages(curriculum_data.scenes(images.train[kept], 1, where), images.train_labels[kept])
-    shown = min(len(images.val), arguments.samples // 4)
-    val = TensorImages(curriculum_data.scenes(images.val[:shown], 2, where), images.val_labels[:shown])
+    picked = np.random.default_rng(1).permutation(len(images.val))[: arguments.samples // 4]
+    parts = [images.train[kept], images.val[picked]]
+    if arguments.images == "scenes":
+        parts = [curriculum_data.scenes(objects, seed, where) for seed, objects in enumerate(parts, 1)]
+    train, val = TensorImages(parts[0], images.train_labels[kept]), TensorImages(parts[1], images.val_labels[picked])
     shape = tuple(train.images.shape[1:])
     bundle = DataBundle(train, val, curriculum_data.CLASSES, None, shape, *CIFAR_STATISTICS["cifar10"], crop="pad")
     common = settings(arguments)
@@ -154,11 +161,16 @@ def main() -> None:
     parser.add_argument(
         "--samples", type=int, default=40_000, help="scenes to train on; a quarter to validate, if there"
     )
+    parser.add_argument("--images", choices=("scenes", "cifar"), default="scenes")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--batch", type=int, default=512, help="effective batch, and largest micro-batch")
+    parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--memory-gb", type=float, default=7.0)
     parser.add_argument("--start", type=float, default=0.5)
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--deadline", type=float, help="seconds; no run is started that would end later")
     arguments = parser.parse_args()
+    arguments.on_cpu = arguments.device == ["cpu"]
     began = time.time()
     out = Path(arguments.out)
     before = read_rows(out)
