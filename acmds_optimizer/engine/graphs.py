@@ -39,6 +39,9 @@ _LEAST_GAIN = 0.05
 """What a graph must gain at a size to be kept there, where nobody asked for graphs."""
 
 
+_CHANGING = "which parameters it uses changes from step to step"
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -71,7 +74,10 @@ class GraphedMicroBatches:
         self._step = step
         self._only_if_faster = only_if_faster
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
-        self._gradients: list[Tensor] = []
+        self._buffers: list[Tensor | None] = []
+        """For each parameter its gradient, once anything is captured; None for those that the model does not use."""
+        self._used: tuple[bool, ...] | None = None
+        """Which parameters had a gradient in the steps so far."""
         self._zero = True
         self._graphs: dict[int, _Captured] = {}
         self._optimizer: _CapturedOptimizer | None = None
@@ -92,16 +98,26 @@ class GraphedMicroBatches:
         """Whether the last micro-batch was a replay."""
 
     def zero_grad(self) -> None:
-        """Zero the gradients in buffers that stay where they are, since graphs write into them."""
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        """Drop the gradients; once anything is captured zero them, in buffers that stay, since graphs write into them.
+
+        Until then each step tells which parameters the model uses: the others have no buffer, so that the optimizer
+        leaves them alone as it does in eager mode. A model that does not always use the same is never captured.
+        """
+        if self._buffers:
+            for parameter, buffer in zip(self._parameters, self._buffers, strict=True):
+                if parameter.grad is not buffer:
+                    parameter.grad = buffer
+            if not self._zero:
+                torch._foreach_zero_(self._gradients)
             self._zero = True
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
-        if not self._zero:
-            torch._foreach_zero_(self._gradients)
-            self._zero = True
+            return
+        used = tuple(parameter.grad is not None for parameter in self._parameters)
+        if any(used):
+            if self._used not in (None, used) and not self.off_reason:
+                self._turn_off(_CHANGING)
+            self._used = used
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def __call__(self, part: Batch, total: int) -> Tensor:
         """Add the gradient of sum(weight * loss) / total to the buffers; losses (B,) of the samples, detached."""
@@ -113,7 +129,11 @@ class GraphedMicroBatches:
             captured = self._capture(part, total)
         self.replayed = captured is not None
         if captured is None:
-            return self._step.backward(part.inputs, part.targets, part.weights / total, part.soft)
+            losses = self._step.backward(part.inputs, part.targets, part.weights / total, part.soft)
+            pairs = zip(self._parameters, self._buffers, strict=False)
+            if any(p.grad is not None and buffer is None for p, buffer in pairs):
+                self._turn_off(_CHANGING)
+            return losses
         captured.inputs.copy_(part.inputs)
         captured.targets.copy_(part.targets)
         torch.div(part.weights, total, out=captured.shares)
@@ -122,14 +142,38 @@ class GraphedMicroBatches:
         captured.graph.replay()
         return captured.losses.clone()
 
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [buffer for buffer in self._buffers if buffer is not None]
+
+    def _fix_gradients(self) -> None:
+        """Make the gradients stay where they are from now on, with what the step under way has added up so far."""
+        if self._buffers:
+            return
+        assert self._used is not None
+        for parameter, used in zip(self._parameters, self._used, strict=True):
+            if parameter.grad is None and used:
+                parameter.grad = torch.zeros_like(parameter)
+        self._buffers = [parameter.grad for parameter in self._parameters]
+
+    def _turn_off(self, reason: str) -> None:
+        """Drop all graphs for good; the gradients of the step that is under way stay."""
+        logger.warning("CUDA graphs: this model cannot be captured (%s)", reason)
+        self.off_reason = reason
+        gradients = [parameter.grad for parameter in self._parameters]
+        self.release()
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
     def optimizer_step(self) -> bool:
         """Step the optimizer and zero the gradients by a graph; False where it is to be stepped eagerly."""
-        if self._optimizer_eager:
+        if self._optimizer_eager or self.off_reason or self._used is None:
             return False
         optimizer = self._step.guard.optimizer
         self._optimizer_uses += 1
         if self._optimizer_uses <= _EAGER_FIRST:
             return False
+        self._fix_gradients()
         settings = _settings(optimizer)
         if self._optimizer is None or self._optimizer.settings != settings:
             self._optimizer = self._capture_optimizer(settings)
@@ -219,7 +263,7 @@ class GraphedMicroBatches:
         self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
         self.pool_bytes = 0
         self._optimizer = None
-        self._gradients = []
+        self._buffers = []
         for parameter in self._parameters:
             parameter.grad = None
         self._uses.clear()
@@ -233,7 +277,7 @@ class GraphedMicroBatches:
         self._not_faster.clear()
 
     def _is_due(self, size: int) -> bool:
-        if self.off_reason or size in self._not_faster or self._uses[size] <= _EAGER_FIRST:
+        if self.off_reason or self._used is None or size in self._not_faster or self._uses[size] <= _EAGER_FIRST:
             return False
         if not self._only_if_faster or size + 1 in self._graphs:  # the parts of a batch differ by one sample at most
             return True
@@ -247,6 +291,7 @@ class GraphedMicroBatches:
     def _capture(self, part: Batch, total: int) -> _Captured | None:
         inputs, targets, shares = part.inputs.clone(), part.targets.clone(), part.weights / total
         soft = None if part.soft is None else part.soft.clone()
+        self._fix_gradients()
         memory = self._step.guard.controller.memory
         memory.release_cache(collect=False)
         before = memory.read()
@@ -306,10 +351,10 @@ class GraphedMicroBatches:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             return graph, result
-        logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
         if what == "model":
-            self.off_reason = reason
-            self.release()
+            self._turn_off(reason)
+        else:
+            logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
         return None, None
 
 

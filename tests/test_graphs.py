@@ -1,0 +1,118 @@
+"""What a run with CUDA graphs does where nothing is captured; what is captured is in test_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
+from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.loss import TrainingLoss
+from acmds_optimizer.engine.step import TrainStep
+
+
+class Net(nn.Module):
+    """One layer is never used, another only when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.never, self.sometimes = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+        self.both = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.used(inputs) + (self.sometimes(inputs) if self.both else 0.0)
+
+
+def step_of(cuda_graphs: bool) -> tuple[Net, TrainStep]:
+    torch.manual_seed(0)
+    model = Net()
+    controller = MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=1, target_headroom_gb=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    step = TrainStep(model, Guard(model, optimizer, controller), TrainingLoss(), cuda_graphs=cuda_graphs)
+    if step.graphs is not None:
+        step.graphs._is_due = lambda size: False  # type: ignore[method-assign]  # there is nothing to capture with
+        step.graphs._optimizer_eager = True
+    return model, step
+
+
+def train(step: TrainStep, number: int, micro_batch: int) -> None:
+    """One guarded step, and what the trainer does after it."""
+    step.guard.run(lambda micro: step(batch_of(8, number), micro), micro_batch)
+    step.guard.zero_grad()
+
+
+def batch_of(count: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        torch.randn(count, 4, generator=generator), torch.randint(0, 3, (count,), generator=generator),
+        torch.arange(count), torch.ones(count),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+def test_gradients_in_fixed_buffers_train_as_fresh_ones_do_and_leave_unused_parameters_alone(micro_batch):
+    weights = []
+    for cuda_graphs in (False, True):
+        model, step = step_of(cuda_graphs)
+        for number in range(6):
+            train(step, number, micro_batch)
+            if number == 2 and step.graphs is not None:
+                step.graphs._fix_gradients()  # as the first capture does
+                where = [p.grad.data_ptr() for p in model.used.parameters() if p.grad is not None]
+        weights.append([value.clone() for value in model.parameters()])
+        torch.manual_seed(0)
+        assert torch.equal(model.never.weight, Net().never.weight), "decay is for what was trained"
+    assert [p.grad.data_ptr() for p in model.used.parameters() if p.grad is not None] == where
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_capture_in_the_midst_of_a_step_keeps_what_was_added_up():
+    weights = []
+    for cuda_graphs in (False, True):
+        _, step = step_of(cuda_graphs)
+        train(step, 0, 4)
+        if step.graphs is not None:
+            eager, graphs = step.graphs._step.backward, step.graphs
+
+            def fixing(*arguments: Any, eager: Any = eager, graphs: Any = graphs) -> Tensor:
+                losses: Tensor = eager(*arguments)
+                graphs._fix_gradients()  # after the first of the two parts
+                return losses
+
+            step.backward = fixing  # type: ignore[method-assign, assignment]
+        train(step, 1, 4)
+        train(step, 2, 4)
+        weights.append([value.clone() for value in step.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_model_that_uses_other_parameters_from_step_to_step_is_never_captured_and_trains_the_same(first):
+    weights = []
+    for cuda_graphs in (False, True):
+        model, step = step_of(cuda_graphs)
+        for number in range(6):
+            model.both = (number % 2 == 1) != first
+            train(step, number, 4)
+        weights.append([value.clone() for value in model.parameters()])
+    assert step.graphs is not None
+    assert "changes from step to step" in step.graphs.off_reason
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_parameter_that_is_used_only_after_a_capture_turns_graphs_off_with_its_gradient_kept():
+    weights = []
+    for cuda_graphs in (False, True):
+        model, step = step_of(cuda_graphs)
+        for number in range(6):
+            model.both = number >= 3
+            train(step, number, 4)
+            if number == 2 and step.graphs is not None:
+                step.graphs._fix_gradients()
+        weights.append([value.clone() for value in model.parameters()])
+    assert step.graphs is not None
+    assert step.graphs.off_reason
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
