@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     """One flag a setting, made from TrainConfig, beside the few that are about the command itself."""
     parser = argparse.ArgumentParser(
         prog="acmds-train",
+        usage="acmds-train [--config FILE] [--resume RUN | --evaluate CKPT | --dry-run] [SETTING ...]\n"
+        "       acmds-train {check,export,plot} -h",  # a list of all settings would fill the screen
         description="Train an image classifier with a held memory headroom.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
