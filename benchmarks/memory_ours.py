@@ -39,6 +39,9 @@ _EQUAL: dict[str, Any] = {"channels_last": True, "enable_cuda_graphs": False}
 
 def config_of(plant: Plant, variant: Variant, *, knee: bool) -> CurriculumConfig:
     setting = plant.setting
+    more: dict[str, Any] = {} if knee else {"knee_gain_fraction": 0.0}
+    if not variant.auto:
+        more |= _EQUAL | {"amp_dtype": "fp16" if setting.amp == "fp16" else "bf16"}
     return CurriculumConfig(
         target_headroom_gb=setting.headroom_gb,
         memory_limit_gb=setting.cap_gb,
@@ -46,8 +49,7 @@ def config_of(plant: Plant, variant: Variant, *, knee: bool) -> CurriculumConfig
         batch_policy=variant.policy,
         enable_amp=plant.amp_dtype is not None,
         seed=setting.seed,
-        **({} if variant.auto else _EQUAL | {"amp_dtype": "fp16" if setting.amp == "fp16" else "bf16"}),
-        **({} if knee else {"knee_gain_fraction": 0.0}),
+        **more,
     )
 
 
