@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -164,11 +165,11 @@ def quiet_ray(space: Space, address: str | None = None) -> Iterator[Path]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if ours and address is not None:
+                _check_answers(address)
                 try:
                     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 except (ConnectionError, ValueError, RuntimeError) as error:
-                    problem = f"no Ray cluster answers at {address}: {' '.join(str(error).split())[:200]}"
-                    raise ResourceError(problem) from None
+                    raise _no_cluster(address, str(error)) from None
             elif ours:
                 ray.init(
                     address="local",
@@ -186,6 +187,21 @@ def quiet_ray(space: Space, address: str | None = None) -> Iterator[Path]:
             gc.collect()  # a Ray object that is collected after the shutdown ends the process
             ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself ends this process, after half a minute, where nobody answers."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():  # auto
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, why: str) -> ResourceError:
+    return ResourceError(f"no Ray cluster answers at {address}: {' '.join(why.split())[:200]}")
 
 
 def _remove_left_scratch() -> None:

@@ -272,6 +272,25 @@ def test_a_gpu_that_is_not_there_is_an_error_at_once_and_leaves_no_study(
     assert time.monotonic() - began < 10
 
 
+def test_a_cluster_that_does_not_answer_is_an_error_and_leaves_no_study(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "acmds_tune.cli",
+        "search",
+        str(tmp_path / "s.yaml"),
+        "--ray-address",
+        "127.0.0.1:9",
+    ]
+    (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
+    ended = subprocess.run(
+        [*command, "--results-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ended.returncode == 1
+    assert "no Ray cluster answers at 127.0.0.1:9: " in ended.stderr
+    assert not (tmp_path / "s").exists()
+
+
 def test_after_kill_9_of_the_search_nothing_runs_and_it_can_be_resumed(
     search: Callable[..., SearchResult], tmp_path: Path
 ) -> None:
