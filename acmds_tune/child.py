@@ -48,6 +48,9 @@ STOP_GRACE_S = 20.0
 STOP_FILE = "stop"
 """In a trial's folder: asks the trial to stop, for the reason that is written in it."""
 
+START_S = 120.0
+"""Seconds more that a trial may be silent before its process has begun."""
+
 LOOK_S = 0.1
 """Seconds between looks at the stop file, and at the clock."""
 
@@ -103,6 +106,7 @@ class TrialProcess:
         self.ended: Ended | None = None
         self._progress: dict[str, Any] | None = None
         self._message: Ended | None = None
+        self._alive = False
         self._stop_reason = ""
         self._stop_deadline = float("inf")
         self._stop_file = Path(task.directory) / STOP_FILE
@@ -164,7 +168,7 @@ class TrialProcess:
             self._finish(self._so_far("stopped", self._stop_reason))
         elif self.task.trial_timeout_s is not None and now - self._started > self.task.trial_timeout_s:
             self._finish(self._so_far("timeout", f"had not ended after {self.task.trial_timeout_s:g} s"))
-        elif self.task.silence_timeout_s is not None and now - self._heard > self.task.silence_timeout_s:
+        elif self.task.silence_timeout_s is not None and now - self._heard > self._silence_s:
             self._finish(self._so_far("timeout", f"gave no sign of progress for {self.task.silence_timeout_s:g} s"))
         elif now - self._measured > MEASURE_S:
             self._measured = now
@@ -173,6 +177,11 @@ class TrialProcess:
             if reason:
                 self._finish(self._so_far("host_oom", reason))
         return news
+
+    @property
+    def _silence_s(self) -> float:
+        """The first trial waits for the fork server, which imports torch: on a busy machine that takes a while."""
+        return (self.task.silence_timeout_s or 0.0) + (0.0 if self._alive else START_S)
 
     def _too_much_host_memory(self) -> str:
         limit = self.task.host_memory_gb
@@ -208,7 +217,7 @@ class TrialProcess:
         with contextlib.suppress(EOFError, OSError):  # cut off in the middle of a message
             while self._receive.poll():
                 kind, content = self._receive.recv()
-                self._heard = time.monotonic()
+                self._heard, self._alive = time.monotonic(), True
                 if kind == "ended":
                     self._message = content
                 elif kind == "progress":
@@ -310,6 +319,7 @@ def _main_module_hidden() -> Iterator[None]:
 
 def _main(task: Task, send: Connection, lifeline: Connection) -> None:
     """What the trial's process does."""
+    send.send(("alive", None))
     os.setsid()  # a group of its own: Ctrl-C goes to the search only, and its workers can be ended with it
     _die_with_parent(lifeline)
     stop_asked = False
