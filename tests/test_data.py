@@ -263,7 +263,8 @@ def test_an_interrupt_does_not_end_the_processes(photos):
     before = set(multiprocessing.active_children())
     source = photo_source(photos, 2)
     try:
-        with source.stream(ORDER, epoch=0) as stream:
+        source.stream(ORDER, epoch=0).take(90)  # both have begun to work, and with that to ignore it
+        with source.stream(ORDER, epoch=1) as stream:
             stream.take(3)
             for child in set(multiprocessing.active_children()) - before:
                 os.kill(child.pid or 0, signal.SIGINT)
