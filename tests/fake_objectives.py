@@ -160,8 +160,8 @@ def eats_host_memory(
     settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
 ) -> dict[str, Any]:
     """Holds 200 MB, and goes on."""
+    report(progress(1))  # before, since it may be ended as soon as it holds them
     held = bytearray(os.urandom(1024)) * 200 * 1024
-    report(progress(1))
     assert len(held) == 200 * 2**20
     return goes_on(settings, directory, report, should_stop)
 
