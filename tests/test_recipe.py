@@ -88,7 +88,7 @@ def test_plateau_lowers_the_rate_after_epochs_without_a_better_loss():
 
 def test_norms_and_biases_do_not_decay_unless_asked():
     model = SmallCNN(10, 1)
-    decayed, others = build_optimizer(model, config(weight_decay=0.25)).param_groups
+    others, decayed = build_optimizer(model, config(weight_decay=0.25)).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
     assert {p.dim() for p in decayed["params"]} == {2, 4}
     assert {p.dim() for p in others["params"]} == {1}

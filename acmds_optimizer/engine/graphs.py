@@ -37,8 +37,6 @@ _BUSY = 2.5
 """Steps that take so many times what launching them takes are not worth a capture; launches slow down under load."""
 _LEAST_GAIN = 0.05
 """What a graph must gain at a size to be kept there, where nobody asked for graphs."""
-
-
 _CHANGING = "which parameters it uses changes from step to step"
 
 
@@ -221,10 +219,6 @@ class GraphedMicroBatches:
     def largest(self) -> int:
         """Largest captured size; 0 where there is none."""
         return max(self._graphs, default=0)
-
-    def holds(self, size: int) -> bool:
-        """Whether micro-batches of this size are replayed."""
-        return size in self._graphs
 
     def make_room(self, decision: Decision, micro_batch: int, sample_work: float, *, odd: bool) -> int:
         """Drop the pool where it is in the way; the micro-batch for what runs eagerly beside it.

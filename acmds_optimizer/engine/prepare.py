@@ -48,7 +48,8 @@ def set_up_cuda(config: CurriculumConfig) -> None:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer the configuration names, fused (it allocates nothing in its step) where the device has it.
 
-    Its first parameter group decays; the second holds what does not, unless `decay_norms_and_biases`.
+    Its last parameter group decays; the first holds what does not, unless `decay_norms_and_biases`. In this order,
+    since the guard copies all groups but the last.
 
     Raises:
         DataError: all parameters are frozen.
@@ -86,7 +87,7 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
         if parameter.requires_grad:
             exempt = not config.decay_norms_and_biases and (parameter.dim() <= 1 or name in named)
             (others if exempt else decayed).append(parameter)
-    groups = [(decayed, config.weight_decay), (others, 0.0)]
+    groups = [(others, 0.0), (decayed, config.weight_decay)]
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 

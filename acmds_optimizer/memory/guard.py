@@ -128,8 +128,9 @@ class Guard:
 
     Args:
         model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
-        optimizer: a fused one whose state exists is atomic, without a scaler, and needs no copy; others are copied
-            just before they step, on the device, or on the host where the copy itself does not fit.
+        optimizer: of a fused one whose state exists, without a scaler, all parameter groups but the last are copied
+            just before it steps, so the largest is best put last; others are copied whole, on the device, or on the
+            host where the copy itself does not fit.
         controller: is asked for the next size, and told of every error.
         scaler: a GradScaler whose state belongs to the step.
         others: anything else with `state_dict`/`load_state_dict` that a step changes.
@@ -309,11 +310,9 @@ class Guard:
         return undo
 
     def _atomic_step_counts(self) -> list[torch.Tensor] | None:
-        """The step counts of an optimizer whose step allocates nothing, so that nothing else can be left half done.
+        """The step counts of an optimizer that changes all of a parameter group or nothing of it; None for others.
 
-        That is a fused one over parameters of one kind; None for any other. With several groups it is several kernels,
-        but all that runs between the first and the last works in place: the step counts, and the kernels themselves,
-        whose code is loaded since `create_optimizer_state`.
+        That is a fused one, whose step is a kernel for each group, over parameters of one kind.
         """
         groups, state = self.optimizer.param_groups, self.optimizer.state
         if not all(group.get("fused") for group in groups) or self.scaler is not None:
@@ -325,10 +324,20 @@ class Guard:
 
     def _remember_optimizer(self) -> Callable[[], None]:
         """Keep what the optimizer changes, as far as its step can fail half-way."""
+        earlier = [p for group in self.optimizer.param_groups[:-1] for p in group["params"] if p.grad is not None]
         steps = self._atomic_step_counts()
-        if steps is not None:
+        if steps is not None and not (earlier and self._copy_on_host):
+            # after the last group's kernel nothing can fail, so only what those before it change is copied
+            copies = _Shadow()
+            states = [value for p in earlier for value in self.optimizer.state[p].values()]
+            copies.take([*earlier, *(value for value in states if isinstance(value, torch.Tensor) and value.dim())])
             self._step_counts.take(steps)
-            return self._step_counts.restore
+
+            def undo_fused() -> None:
+                self._step_counts.restore()
+                copies.restore()
+
+            return undo_fused
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         kept = [(p.data, self._copy(p.data)) for p in parameters]
         fresh = [p for p in parameters if p not in self.optimizer.state]
