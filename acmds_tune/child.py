@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from acmds_optimizer.files import replacing
 from acmds_tune import host_memory, nvml
 from acmds_tune.neighbour import Script
 from acmds_tune.objective import (
@@ -284,9 +285,8 @@ def _gpus(task: Task) -> list[str]:
 def request_stop(directory: Path, reason: str) -> None:
     """Ask the trial in `directory` to stop, on whatever machine it runs that shares the folder."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{STOP_FILE}.{os.getpid()}"
-    temporary.write_text(reason, encoding="utf-8")
-    temporary.replace(directory / STOP_FILE)
+    with replacing(directory / STOP_FILE) as temporary:
+        temporary.write_text(reason, encoding="utf-8")
 
 
 def _preloaded(task: Task) -> list[str]:

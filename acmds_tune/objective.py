@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import math
-import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.config import TrainConfig, build
 from acmds_optimizer.errors import ACMDSError, ConfigError, OutOfMemoryForGoodError
+from acmds_optimizer.files import replacing
 from acmds_tune.columns import FIGURES
 
 if TYPE_CHECKING:
@@ -148,9 +148,8 @@ def write_outcome(directory: Path, number: int, seed: int, ended: Ended) -> None
     """Write outcome.json in the trial's folder: what becomes its row in trials.csv."""
     directory.mkdir(parents=True, exist_ok=True)
     content = {"trial": number, "seed": seed, **asdict(ended)}
-    temporary = directory / f".outcome.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / "outcome.json")
+    with replacing(directory / "outcome.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_outcome(directory: Path) -> Ended | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.files import replacing
 from acmds_tune.columns import (
     CONFIG_PREFIX,
     EVENT_COLUMNS,
@@ -250,12 +251,8 @@ def write_parquet(path: Path, header: Sequence[str], rows: Sequence[Mapping[str,
         if len(numbers) + values.count(None) < len(values) and not all(isinstance(v, bool | None) for v in values):
             values = [None if value is None else str(value) for value in values]  # a setting of several types
         columns[name] = pyarrow.array(values)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         parquet.write_table(pyarrow.table(columns), temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_importances(study_dir: Path, shares: Mapping[str, Mapping[str, float]]) -> None:
@@ -345,15 +342,10 @@ def write_all(study_dir: str | Path) -> TrialRecord | None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` beside `path` and move it there, so that a reader sees the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_environment(study_dir: str | Path) -> dict[str, Any]:

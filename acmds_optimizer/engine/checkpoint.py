@@ -9,13 +9,13 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError
+from acmds_optimizer.files import replacing
 
 FORMAT = "acmds-checkpoint"
 VERSION = 2
@@ -163,13 +163,10 @@ def export_weights(source: Path, target: Path) -> dict[str, str]:
     about |= {name: json.dumps(value) for name, value in state.get("data", {}).items()}
     # cloned: tied weights are stored twice, since the format holds no two names for one tensor
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in final_weights(state).items()}
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside, metadata=about)
-        beside.replace(target)
+        with replacing(target) as beside:
+            save_file(tensors, beside, metadata=about)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise ACMDSError(f"{target}: cannot be written: {error}") from None
     return about

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from acmds_optimizer.engine.images import InputSpec
+from acmds_optimizer.files import replacing
 from acmds_optimizer.zoo.folders import ImageFiles
 
 logger = logging.getLogger(__name__)
@@ -38,14 +38,11 @@ def decoded_once(
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be read, so the images are decoded again: %s", path, error)
     images, targets = decode()
-    temporary = folder / f".{path.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, images.numpy())
-        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         logger.warning("the decoded images cannot be kept in %s: %s", folder, error)
     return images, targets
 

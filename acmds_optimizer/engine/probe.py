@@ -21,6 +21,7 @@ from torch import nn
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.prepare import amp_dtype
+from acmds_optimizer.files import replacing
 from acmds_optimizer.memory.guard import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -145,8 +146,7 @@ def _remember(key: str, seconds: dict[str, float]) -> None:
     path = _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(_read() | {key: seconds}, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(_read() | {key: seconds}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         logger.debug("probe results cannot be kept in %s: %s", path, error)

@@ -28,6 +28,7 @@ from acmds_optimizer.engine.scalars import open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
 from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.files import replacing
 from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.items import length
@@ -318,6 +319,5 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`; a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
