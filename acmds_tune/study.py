@@ -87,7 +87,7 @@ class SearchStudy:
         self._running: dict[int, optuna.trial.Trial] = {}
         self.enough = False
         """The sampler is asked for no more, because the time that is left is needed for the later stages."""
-        self._step: tuple[Step, int] | None = None
+        self._step: tuple[Step, tuple[int, int, bool]] | None = None
         self._requirements: list[Requirement] = [parse_requirement(text) for text in space.requires]
         self._default = self._allowed(default_values(space), derived_seed(space.seed, -(2**32)))
         self._plant: Plant | None = None
@@ -242,9 +242,9 @@ class SearchStudy:
 
     def next_step(self) -> Step:
         """What `propose` would start."""
-        changes = len(self._study.get_trials(deepcopy=False)) * 1000 + len(self._running) + 500 * self.enough
-        if self._step is None or self._step[1] != changes:
-            self._step = next_step(self.space, self.record(), self._default, self.enough), changes
+        seen = (len(self._study.get_trials(deepcopy=False)), len(self._running), self.enough)
+        if self._step is None or self._step[1] != seen:
+            self._step = next_step(self.space, self.record(), self._default, self.enough), seen
         return self._step[0]
 
     def _allowed(self, values: dict[str, Any], seed: int) -> dict[str, Any]:

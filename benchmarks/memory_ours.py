@@ -53,12 +53,11 @@ def config_of(plant: Plant, variant: Variant, *, knee: bool) -> CurriculumConfig
     )
 
 
-class _Names(Dataset[Any]):
-    """A long epoch: the trainer asks for its length, and for one item's kind."""
+class Named(Dataset[Any]):
+    """What the trainer asks of data that are on the device already: how many, and the kind of one item."""
 
-    def __init__(self, plant: Plant) -> None:
-        self._item = (torch.zeros(tuple(plant.images.shape[1:]), dtype=torch.uint8), 0)
-        self._count = _EPOCH_SAMPLES[plant.device.type]
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self._count, self._item = count, (torch.zeros(shape, dtype=torch.uint8), 0)
 
     def __len__(self) -> int:
         return self._count
@@ -114,8 +113,9 @@ class _MeteredRecorder(Recorder):
 def with_trainer(plant: Plant, meter: Meter, variant: Variant) -> None:
     """ACMDSTrainer as a user has it, but for its data, which are on the device already."""
     optimizer = plant.build_optimizer()
+    names = Named(_EPOCH_SAMPLES[plant.device.type], tuple(plant.images.shape[1:]))
     trainer = ACMDSTrainer(
-        plant.model, _Names(plant), optimizer, config_of(plant, variant, knee=variant.knee),
+        plant.model, names, optimizer, config_of(plant, variant, knee=variant.knee),
         memory=plant.memory, recorder=_MeteredRecorder(plant, meter),
     )  # fmt: skip
     with trainer:

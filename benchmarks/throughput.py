@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torchvision
 from torch import nn
-from torch.utils.data import Dataset
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig
 from acmds_optimizer.config import TrainConfig
@@ -46,6 +45,7 @@ from acmds_optimizer.engine.resident import ResidentSource
 from acmds_optimizer.engine.run import environment, run_training
 from acmds_optimizer.memory.guard import is_out_of_memory
 from acmds_optimizer.zoo.models import build_model
+from benchmarks.memory_ours import Named
 
 COLUMNS = {
     "part": "grid, headline, cifar, jpeg or first",
@@ -67,19 +67,6 @@ GIB = 2**30
 CAP_GB, HEADROOM_GB = 23.2, 3.0
 _MODELS = ("resnet18", "resnet50", "resnet101", "efficientnet_b0")
 _HEADLINE = (("resnet50", 32), ("resnet101", 16), ("efficientnet_b0", 64))
-
-
-class _Named(Dataset[Any]):
-    """Only its length and the kind of its items are asked for; the images are on the device already."""
-
-    def __init__(self, count: int, size: int) -> None:
-        self._count, self._item = count, (torch.zeros((3, size, size), dtype=torch.uint8), 0)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Any:
-        return self._item
 
 
 class Cell:
@@ -157,7 +144,7 @@ def ours(cell: Cell, config: CurriculumConfig) -> tuple[System, ACMDSTrainer]:
     """The trainer, with everything on; its images lie on the device."""
     model = cell.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    trainer = ACMDSTrainer(model, _Named(len(cell.source), cell.size), optimizer, config, cell.device)
+    trainer = ACMDSTrainer(model, Named(len(cell.source), cell.source.spec.shape), optimizer, config, cell.device)
     trainer.source.close()
     trainer.source = cell.source
     trainer.total_epochs = 10**6

@@ -8,6 +8,7 @@ input shape, GPU and version of PyTorch.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import logging
@@ -69,6 +70,9 @@ def choose(
             log = logger.debug if is_out_of_memory(error) else logger.info
             log("precision and layout: not probed (%s)", reason)
             return usual, layout
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
         _remember(key, seconds)
     best = min(wanted, key=lambda choice: seconds[_name(*choice)])
     gain = seconds[_name(usual, layout)] / seconds[_name(*best)] - 1.0

@@ -108,10 +108,10 @@ class ACMDSTrainer:
         self.device = self.controller.device
         self.recorder = recorder or Recorder(None, self.config.difficulty_window)
         base = dataset.base_dataset if isinstance(dataset, DifficultyAwareDataset) else dataset
-        shape = (bundle or describe(base)).image_shape
-        self.stages = Stages.from_config(self.config, shape)
-        self._set_up_model(model, optimizer, loss_fn, shape)
-        self._set_up_data(dataset, val_dataset, bundle)
+        inputs = bundle or describe(base)
+        self.stages = Stages.from_config(self.config, inputs.image_shape)
+        self._set_up_model(model, optimizer, loss_fn, inputs.image_shape)
+        self._set_up_data(dataset, val_dataset, bundle, inputs)
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
@@ -142,7 +142,6 @@ class ACMDSTrainer:
         if self.device.type == "cuda":
             set_up_cuda(self.config)
         dtype, channels_last = probe.choose(self.model, self.config, self.device, shape)
-        self.controller.memory.release_cache()
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         train_config = self.config if isinstance(self.config, TrainConfig) else None
@@ -162,7 +161,9 @@ class ACMDSTrainer:
             cuda_graphs=wanted_graphs(self.config, self.device), compiled=self.config.compile_model,
         )  # fmt: skip
 
-    def _set_up_data(self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None) -> None:
+    def _set_up_data(
+        self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None, inputs: DataBundle
+    ) -> None:
         if isinstance(dataset, DifficultyAwareDataset):
             self.dataset = dataset
         else:
@@ -172,11 +173,10 @@ class ACMDSTrainer:
         self.train_step.keep_logits = self.feedback.needs_logits
         self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
         source = partial(
-            make_source, bundle=bundle, config=self.config, device=self.device,
-            channels_last=self.train_step.channels_last,
-        )  # fmt: skip
-        self.source = source(self.dataset.base_dataset, train=True)
-        self.val_source = source(val, train=False) if val is not None else None
+            make_source, config=self.config, device=self.device, channels_last=self.train_step.channels_last
+        )
+        self.source = source(self.dataset.base_dataset, inputs, train=True)
+        self.val_source = source(val, bundle, train=False) if val is not None else None
         self.total_epochs = self.config.epochs if isinstance(self.config, TrainConfig) else 10
         self.sampler = AdaptiveCurriculumSampler(
             self.dataset, self.controller, self.config, total_epochs=self.total_epochs
