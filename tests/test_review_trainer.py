@@ -62,7 +62,7 @@ def test_a_resumed_run_takes_the_learning_rate_and_weight_decay_it_is_given(tmp_
     now = config(lr=0.5, weight_decay=0.25, max_steps=4, **settings)
     run_training(now, output_dir=tmp_path, resume=tmp_path)
     assert [float(row["lr"]) for row in rows(tmp_path)] == [0.001, 0.001, 0.5, 0.5]
-    decayed, others = checkpoint.load(tmp_path)["optimizer"]["param_groups"]
+    others, decayed = checkpoint.load(tmp_path)["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
 
 
