@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 import logging
 import tempfile
 import time
@@ -193,18 +194,12 @@ def _by_hand(plant: Plant, meter: Meter, size: int, grown: Callable[[int, int], 
         size = grown(size, calm)
 
 
-class _Endless(IterableDataset[Any]):
-    """Batches of the module's present batch size, on the device already."""
+class _StepNumbers(IterableDataset[int]):
+    """The numbers of the steps. The images are taken in the step: Lightning asks its loader for the next batch ahead, also
+    while the traceback of an out-of-memory error still holds the failed step, where images on the card no longer fit."""
 
-    def __init__(self, plant: Plant, meter: Meter, module: Any) -> None:
-        self.plant, self.meter, self.module = plant, meter, module
-
-    def __iter__(self) -> Iterator[Any]:
-        step = 0
-        while True:
-            side = self.meter.scenario.side(0.0, step)
-            yield self.plant.take(self.module.batch_size, side)
-            step += 1
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count()
 
 
 def _lightning(plant: Plant, meter: Meter, known: Known, mode: str) -> None:
@@ -242,7 +237,7 @@ def _search_with_lightning(pl: Any, plant: Plant, meter: Meter, mode: str) -> in
             self.batch_size = 2
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            images, targets = batch
+            images, targets = plant.take(self.batch_size, meter.scenario.side(0.0, int(batch)))
             images = images.contiguous(memory_format=torch.channels_last) if plant.cuda else images
             return torch.nn.functional.cross_entropy(self.model(images).float(), targets)
 
@@ -261,7 +256,7 @@ def _search_with_lightning(pl: Any, plant: Plant, meter: Meter, mode: str) -> in
                 raise torch.OutOfMemoryError(f"as CUDA would: {message}")
 
         def train_dataloader(self) -> Any:
-            return DataLoader(_Endless(plant, meter, self), batch_size=None)
+            return DataLoader(_StepNumbers(), batch_size=None)
 
     module = Module()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), plant.memory.watch():
@@ -276,7 +271,7 @@ def _search_with_lightning(pl: Any, plant: Plant, meter: Meter, mode: str) -> in
             size = tuner.scale_batch_size(module, mode=mode)
         plant.model.to(plant.device)  # Lightning leaves a model on the CPU
         plant.model.zero_grad(set_to_none=True)
-    del trainer, tuner, module  # what they hold is 1 GB
+    del trainer, tuner, module  # optimizer and its state
     gc.collect()
     plant.memory.release_cache()
     return int(size)

@@ -21,7 +21,8 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # benchmarks/ is run from the repository, never installed
 
-from benchmarks import memory, memory_child, neighbour  # noqa: E402
+from benchmarks import memory, memory_child, memory_systems, neighbour  # noqa: E402
+from benchmarks.memory_plant import Meter, Neighbour, Plant  # noqa: E402
 from benchmarks.memory_scenarios import Probe, Scenario, Setting, best_batch, grid, largest_batch  # noqa: E402
 from benchmarks.memory_systems import Known  # noqa: E402
 
@@ -130,6 +131,30 @@ def test_a_child_that_crashes_or_hangs_is_a_row_with_its_reason(target, argument
     process.join()
     assert (row["status"], steps) == (status, [])
     assert ("exit code 3" if status == "crashed" else "no end after 0 s") in row["reason"]
+
+
+# --- Lightning's search
+
+
+def test_lightnings_search_takes_images_within_its_steps_alone_and_leaves_nothing_behind(monkeypatch):
+    pl = pytest.importorskip("lightning.pytorch")
+    setting = replace(SETTING, image_size=14, cap_gb=0.0107, max_batch=32, classes=10)
+    plant = Plant(setting)
+    before = plant.memory.read().allocated_bytes
+    # AdamW's moments and its steps, and the last step's gradients, which Lightning frees after the forward pass
+    state = 3 * sum(parameter.nbytes for parameter in plant.model.parameters()) + 1024
+    held = []
+    take = plant.take
+    monkeypatch.setattr(
+        plant, "take", lambda *wanted: held.append(plant.memory.read().allocated_bytes) or take(*wanted)
+    )
+    meter = Meter(plant, Scenario("static", setting), Neighbour(plant))
+    size = memory_systems._search_with_lightning(pl, plant, meter, "binsearch")
+    after = plant.memory.read()
+    assert size > 8
+    assert after.out_of_memory_errors >= 1
+    assert max(held) <= before + state  # no batch taken ahead, and none while a failed step is still held
+    assert after.allocated_bytes == before
 
 
 # --- a table
