@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
+from acmds_optimizer.closed_pipe import ends_with_its_reader
 from acmds_optimizer.config import TrainConfig, field_help, field_types, load, read_file
 from acmds_optimizer.errors import ACMDSError, ConfigError
 
@@ -92,6 +93,7 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "X"}.get(base, "TEXT")
 
 
+@ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a run that failed, 2 for wrong usage, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acmds_optimizer.closed_pipe import ends_with_its_reader
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.journal import make_room
 from acmds_tune.space import Space
@@ -36,6 +37,7 @@ INTERRUPTED_EXIT = 130
 """What a shell expects of a program that Ctrl-C ended."""
 
 
+@ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0; 1 where it failed; 2 for wrong usage; 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)

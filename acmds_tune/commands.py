@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from acmds_optimizer.errors import ACMDSError, ConfigError
-from acmds_tune.journal import JOURNAL, StudyBusyError, hold
+from acmds_tune.journal import JOURNAL, is_held
 from acmds_tune.records import StudyRecord, TrialRecord, busy_share, choose_best, confirmations, why_no_best
 from acmds_tune.report_figures import number
 
@@ -55,7 +54,10 @@ def _print_trials(study: StudyRecord) -> None:
         marked = f"{row.number} *" if best is not None and row.number == best.number else str(row.number)
         table.add_row(marked, what, row.status, *cells)
     # as wide as it needs to be: what a terminal cuts off is lost to who pipes it on
-    Console(width=max(80, 14 * len(table.columns) + 40), soft_wrap=True).print(table)
+    console = Console(width=max(80, 14 * len(table.columns) + 40), soft_wrap=True)
+    with console.capture() as shown:
+        console.print(table)
+    print(shown.get(), end="")  # not by rich, which has its own way to end where the reader has gone
     if best is not None:
         print("* the best trial")
 
@@ -66,11 +68,7 @@ def status(directory: Path) -> int:
     from acmds_tune.study import read_about
 
     study, about = load_study(directory), read_about(directory)
-    try:
-        os.close(hold(directory))
-        running = False
-    except StudyBusyError:
-        running = True
+    running = is_held(directory)
     print(f"{study.name}: {'a search is running' if running else 'no search is running'}")
     stages = Counter(row.stage for row in study.trials if row.status != "running" and not row.interrupted)
     print("trials: " + (", ".join(f"{count} {stage}" for stage, count in stages.items()) or "none has ended"))

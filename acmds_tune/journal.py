@@ -84,6 +84,21 @@ def hold(directory: Path) -> int:
     return descriptor
 
 
+def is_held(directory: Path) -> bool:
+    """A search is writing to the study. Leaves no file behind, so that it may be asked where one may only read."""
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def mend(path: Path) -> None:
     """Cut off a last line that was written half when the search was killed, and a lock that it left."""
     path.with_name(path.name + ".lock").unlink(missing_ok=True)

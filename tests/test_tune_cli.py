@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from acmds_optimizer.closed_pipe import EXIT, ends_with_its_reader
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.config import load as load_config
 from acmds_tune import doctor, search
@@ -163,7 +165,9 @@ def compared(tmp_path: Path) -> Path:
 
 
 def test_status_says_how_far_a_study_is_and_what_is_best(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (compared / ".lock").unlink()
     assert main(["status", str(compared)]) == 0
+    assert not (compared / ".lock").exists()  # nothing is written to look at a study
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
         "compared: no search is running",
@@ -349,3 +353,35 @@ def _search_train_and_resume(results: Path, space_file: Path, capsys: pytest.Cap
     assert (trial / "steps.csv").read_text(encoding="utf-8").count("\n") == 5
     assert main(["resume", str(results / "real"), "--trials", "3", "--backend", "local"]) == 0
     assert (results / "real" / "trials" / "0002" / "outcome.json").is_file()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("acmds_tune.cli", ["schema"]),
+        ("acmds_tune.cli", ["show", "{study}"]),
+        ("acmds_tune.cli", ["status", "{study}"]),
+        ("acmds_optimizer.cli", ["--help"]),
+    ],
+)
+def test_a_command_whose_reader_has_gone_ends_without_a_traceback(
+    study: Path, module: str, arguments: list[str], unbuffered: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", module, *(text.replace("{study}", str(study)) for text in arguments)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(writer)
+    assert ended.stderr == ""
+    assert ended.returncode in (0, EXIT)  # 0: argparse leaves out what nobody reads
+
+
+def test_a_broken_pipe_to_another_process_is_not_taken_for_a_reader_that_has_gone() -> None:
+    @ends_with_its_reader
+    def command() -> int:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        command()
