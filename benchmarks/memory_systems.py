@@ -195,8 +195,11 @@ def _by_hand(plant: Plant, meter: Meter, size: int, grown: Callable[[int, int], 
 
 
 class _StepNumbers(IterableDataset[int]):
-    """The numbers of the steps. The images are taken in the step: Lightning asks its loader for the next batch ahead, also
-    while the traceback of an out-of-memory error still holds the failed step, where images on the card no longer fit."""
+    """The numbers of the steps; the images are taken in the step.
+
+    Lightning asks its loader for the next batch ahead, also while the traceback of an out-of-memory error still holds
+    the failed step, where images on the card no longer fit.
+    """
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count()

@@ -145,9 +145,12 @@ def test_lightnings_search_takes_images_within_its_steps_alone_and_leaves_nothin
     state = 3 * sum(parameter.nbytes for parameter in plant.model.parameters()) + 1024
     held = []
     take = plant.take
-    monkeypatch.setattr(
-        plant, "take", lambda *wanted: held.append(plant.memory.read().allocated_bytes) or take(*wanted)
-    )
+
+    def watched_take(count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        held.append(plant.memory.read().allocated_bytes)
+        return take(count, side)
+
+    monkeypatch.setattr(plant, "take", watched_take)
     meter = Meter(plant, Scenario("static", setting), Neighbour(plant))
     size = memory_systems._search_with_lightning(pl, plant, meter, "binsearch")
     after = plant.memory.read()
