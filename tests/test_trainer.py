@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.machinery
 import itertools
 import json
 import math
-import sys
 import threading
-import types
 from pathlib import Path
 from typing import Any
 
@@ -317,29 +314,99 @@ def test_a_run_writes_its_records(tmp_path):
     assert "torch" in json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
-def test_curves_go_to_tensorboard_and_to_wandb_under_the_same_names(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def resumed_run_with_logs(tmp_path_factory):
+    """A run of 2 epochs (26 steps each) for TensorBoard and W&B, whose second was cut off and done again."""
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    folder = tmp_path_factory.mktemp("logs") / "run"
+    config = TrainConfig(**DIGITS, epochs=2, tensorboard=True, wandb=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        run_training(dataclasses.replace(config, epochs=1), output_dir=folder)
+        whole = (folder / "checkpoint.pt").read_bytes()
+        run_training(dataclasses.replace(config, max_steps=40), output_dir=folder, resume=folder)
+        (folder / "checkpoint.pt").write_bytes(whole)  # as if the run had been killed before it saved
+        run_training(config, output_dir=folder, resume=folder)
+    return folder
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """The records of a W&B file: blocks of 32 KB hold pieces, each after its checksum, length and kind."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place, whole, records = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if 2**15 - place % 2**15 < 7:  # too little for a header: filled up
+            place += 2**15 - place % 2**15
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            records.append(wandb_internal_pb2.Record.FromString(whole))  # type: ignore[attr-defined]
+            whole = b""
+    return records
+
+
+def wandb_history(folder: Path) -> dict[str, dict[int, Any]]:
+    """What was logged offline, by name and step."""
+    history: dict[str, dict[int, Any]] = {}
+    first, _, last = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert first.name == last.name  # one run to W&B; the killed part in between is not compared
+    for record in [*wandb_records(first), *wandb_records(last)]:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                name = item.key or "/".join(item.nested_key)
+                history.setdefault(name, {})[record.history.step.num] = json.loads(item.value_json)
+    return history
+
+
+def test_curves_go_to_tensorboard_and_to_wandb_under_the_same_names_and_steps(resumed_run_with_logs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    written: dict[str, list[int]] = {}
+    board = EventAccumulator(str(resumed_run_with_logs / "tensorboard")).Reload()
+    history = wandb_history(resumed_run_with_logs)
+    scalars = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    assert [event.step for event in board.Scalars("loss")] == list(range(52))  # none twice, though some ran twice
+    assert list(scalars["val_accuracy"]) == [25, 51]
+    assert {name.split("/")[0] for name in history if not name.startswith("_")} == {*scalars, "difficulty"}
+    for name, points in scalars.items():
+        assert list(history[name]) == list(points)
+        assert [history[name][step] for step in points] == pytest.approx(list(points.values()), rel=1e-6, nan_ok=True)
 
-    class Run:
-        def log(self, values: dict[str, float], step: int) -> None:
-            for name in values:
-                written.setdefault(name, []).append(step)
 
-        def finish(self) -> None:
-            written["finished"] = []
+def test_the_difficulties_are_drawn_as_a_histogram_after_each_epoch(resumed_run_with_logs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda **_: Run()  # type: ignore[attr-defined]
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run_training(TrainConfig(**DIGITS, epochs=2, tensorboard=True, wandb=True), output_dir=tmp_path)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in board.Scalars("loss")] == written["loss"] == list(range(52))
-    assert [event.step for event in board.Scalars("val_accuracy")] == written["val_accuracy"] == [26, 52]
-    assert "finished" in written
+    board = EventAccumulator(str(resumed_run_with_logs / "tensorboard"), {"histograms": 0}).Reload()
+    history = wandb_history(resumed_run_with_logs)
+    with (resumed_run_with_logs / "epochs.csv").open() as file:
+        medians = {int(row["step"]): float(row["difficulty_p50"]) for row in csv.DictReader(file)}
+    assert list(medians) == [event.step for event in board.Histograms("difficulty")] == [25, 51]
+    for event in board.Histograms("difficulty"):
+        kind, drawn, edges = (history[f"difficulty/{part}"][event.step] for part in ("_type", "values", "bins"))
+        assert (kind, len(drawn), len(edges)) == ("histogram", 50, 51)
+        assert sum(drawn) == event.histogram_value.num == 1618
+        counts = dict(zip(event.histogram_value.bucket_limit, event.histogram_value.bucket, strict=True))
+        upper = [round(edge, 6) for edge in edges[1:]]
+        assert {edge: count for edge, count in zip(upper, drawn, strict=True) if count} == {
+            round(edge, 6): count for edge, count in counts.items() if count
+        }
+        below = sum(count for edge, count in zip(upper, drawn, strict=True) if edge <= medians[event.step])
+        assert 0 < below <= 1618 / 2
+
+
+def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match="No API key configured: log in with `wandb login`, keep the run here"):
+        run_training(TrainConfig(**DIGITS, max_steps=1, wandb=True), output_dir=tmp_path / "run")
 
 
 def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def run_training(
         trainer.load_state_dict(state)
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
         try:
-            logs = open_scalar_logs(config, output_dir)
+            logs = open_scalar_logs(config, output_dir, trainer.step if state else None)
             output_dir.mkdir(parents=True, exist_ok=True)
             write_json(output_dir / "config.json", to_dict(config))
         except OSError as error:
@@ -128,8 +128,9 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
             difficulty = trainer.dataset.difficulty_scores
             ranks = epochs.write(trainer.epoch_number, trainer.step, trainer.seconds, figures, difficulty)
             figures |= ranks
+            trainer.recorder.scalars(trainer.step - 1, {"difficulty": difficulty})  # type: ignore[dict-item]
         is_best = bool(figures.pop("is_best", False))
-        trainer.recorder.scalars(trainer.step, figures)
+        trainer.recorder.scalars(trainer.step - 1, figures)
         logger.info("epoch %d: %s", trainer.epoch_number, describe_epoch(figures, is_best=is_best))
         due = trainer.epoch - saved_epoch >= config.checkpoint_every
         if due or is_best or trainer.finished or trainer.should_stop():
