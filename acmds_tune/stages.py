@@ -161,6 +161,24 @@ def _baselines(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], de
     return Wait() if _running(rows, "baseline") and space.confirm.top else None
 
 
+def default_values(space: Space) -> dict[str, Any]:
+    """The trainer's defaults of the searched settings, moved into the space; without those that have no default."""
+    defaults = to_dict(TrainConfig())
+    result = {}
+    for name, parameter in space.search.items():
+        value = defaults[name]
+        if parameter.values is not None:
+            result[name] = value if value in parameter.values else parameter.values[0]
+        elif value is not None:
+            assert parameter.low is not None
+            assert parameter.high is not None
+            clipped = min(max(value, parameter.low), parameter.high)
+            if parameter.step is not None:
+                clipped = parameter.low + round((clipped - parameter.low) / parameter.step) * parameter.step
+            result[name] = type(parameter.low)(clipped)
+    return result
+
+
 def largest_batch(space: Space, default: Mapping[str, Any]) -> int:
     """The largest micro-batch that the search space allows, for the default configuration."""
     searched_sizes = space.search.get("max_batch_size")

@@ -5,14 +5,12 @@ Here a proposal becomes settings to train with, and an end becomes what the samp
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
 import random
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,12 +26,22 @@ from acmds_optimizer.errors import ConfigError
 from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
 from acmds_tune.objective import Ended, read_outcome
-from acmds_tune.plant import CONTROLLED, PLANT_FILE, Plant, read_plant, simulate
+from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
+from acmds_tune.prescreen import best_on_plant
 from acmds_tune.records import DONE, StudyRecord, ranked
 from acmds_tune.report import is_row, load_study, record
-from acmds_tune.requires import Requirement, all_hold, distance, draw, nearest_allowed, parse_requirement
-from acmds_tune.space import Parameter, Space, derived_seed, ordered, space_differences
-from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, left, next_step, searched
+from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
+from acmds_tune.samplers import (
+    PRUNER_REPORT_PERCENT,
+    WITHOUT_CONSTRAINTS,
+    contains,
+    distribution,
+    new_pruner,
+    new_sampler,
+    suggest,
+)
+from acmds_tune.space import Space, derived_seed, ordered, space_differences
+from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, default_values, left, next_step, searched
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +55,6 @@ BAD_END_VIOLATION = 100.0
 
 WARM_STARTS = 5
 """Best configurations of an earlier study that are tried first."""
-
-WITHOUT_CONSTRAINTS = ("cmaes",)
-"""Samplers that do not ask whether a trial kept the constraints: one that did not is told with the worst values."""
-
-PRUNER_REPORT_PERCENT = 5
-"""A running trial is judged each time it has come this much further."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,14 @@ class SearchStudy:
         """
         make_new(directory)
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
-        sampler = _sampler(space, derived_seed(space.seed, 0))
+        sampler = new_sampler(space, derived_seed(space.seed, 0))
         lock = hold(directory)
         study = optuna.create_study(
             study_name=space.name,
             storage=_storage(directory),
             directions=[objective.direction for objective in space.objective],
             sampler=sampler,
-            pruner=_pruner(space),
+            pruner=new_pruner(space),
         )
         about = {
             "name": space.name,
@@ -156,7 +158,7 @@ class SearchStudy:
         theirs, about = load_study(other), read_about(other)
         for row in ranked(theirs)[:WARM_STARTS]:
             values = {name: row.config[name] for name in self._order if name in row.config}
-            values = {name: value for name, value in values.items() if _contains(self.space.search[name], value)}
+            values = {name: value for name, value in values.items() if contains(self.space.search[name], value)}
             if values:
                 self._study.enqueue_trial(values, user_attrs={"label": f"from {theirs.name}"})
         differences = space_differences(about.get("fingerprint", {}), fingerprint(self.space))
@@ -169,12 +171,12 @@ class SearchStudy:
         count = 0
         for row in theirs.of_stages(SAMPLED[-1:]):
             params = searched(self.space, row)
-            fits = all(_contains(self.space.search[name], value) for name, value in params.items())
+            fits = all(contains(self.space.search[name], value) for name, value in params.items())
             if row.status not in DONE or row.values is None or not fits:
                 continue
             known = optuna.trial.create_trial(
                 params=params,
-                distributions={name: _distribution(self.space.search[name]) for name in params},
+                distributions={name: distribution(self.space.search[name]) for name in params},
                 values=list(row.values),
                 user_attrs={"earlier": str(other)},
                 system_attrs={f"constraints:{index}": value for index, value in enumerate(row.violations)},
@@ -213,11 +215,11 @@ class SearchStudy:
                 str(directory),
                 [*differences, "a changed search is another study: give it another --name, or undo the change"],
             )
-        study = optuna.load_study(study_name=about["name"], storage=_storage(directory), pruner=_pruner(space))
+        study = optuna.load_study(study_name=about["name"], storage=_storage(directory), pruner=new_pruner(space))
         started = sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         study.set_user_attr("acmds", {**about, "space": space.model_dump(mode="json")})
         # the same seed would propose the same points again
-        study.sampler = _sampler(space, derived_seed(space.seed, -1 - started))
+        study.sampler = new_sampler(space, derived_seed(space.seed, -1 - started))
         self = cls(directory, space, study, lock)
         self._end_interrupted()
         for row in self.record().of_stages(("plant",)):
@@ -306,7 +308,7 @@ class SearchStudy:
         for name in self._order:
             parameter = self.space.search[name]
             if all(values.get(other) in allowed for other, allowed in (parameter.when or {}).items()):
-                values[name] = _suggest(trial, name, parameter)
+                values[name] = suggest(trial, name, parameter)
         return values
 
     def _repeat(self, extra: Extra) -> Proposal:
@@ -455,89 +457,6 @@ class SearchStudy:
         return result
 
 
-def best_on_plant(
-    plant: Plant, space: Space, default: Mapping[str, Any], requirements: Sequence[Requirement]
-) -> list[dict[str, Any]]:
-    """The `prescreen.keep` best of `prescreen.settings` random settings of the controller, no two of them alike.
-
-    Of other settings the plant knows nothing. So the first has the defaults for them, and each further one another
-    value for one of those with choices: since the controller is equally good in all of them, what differs is due to
-    that one. The rest is left to the sampler. With all of them at the defaults, or by chance, the search got slower
-    than without a plant (docs/experiments.md).
-    """
-    known = {name: parameter for name, parameter in space.search.items() if name in CONTROLLED}
-    if not known:
-        return []
-    rng = random.Random(derived_seed(space.seed, -3))
-    defaults = to_dict(TrainConfig())
-
-    def score(values: Mapping[str, Any], seeds: Sequence[int]) -> tuple[float, float] | None:
-        settings = {**defaults, **space.settings(values)}
-        if not all_hold(requirements, settings):
-            return None
-        neighbour = [(step.at, step.holds_gb) for step in space.neighbour]
-        try:
-            runs = [simulate(plant, settings, neighbour, seed=seed) for seed in seeds]
-        except ConfigError:  # two settings that do not go together
-            return None
-        figures = [run.figures() for run in runs if run is not None]
-        if len(figures) < len(runs):
-            return None
-        broken = [c.violation(each[c.figure]) for c in space.parsed_constraints for each in figures if c.figure in each]
-        speed = sum(each["samples_per_second"] for each in figures) / len(figures)
-        return max([0.0, *broken]), -speed
-
-    drawn = [{**default, **{n: v for n, v in draw(space.search, rng).items() if n in known}} for _ in
-             range(space.prescreen.settings)]  # fmt: skip
-    scored = [(found, values) for values in drawn if (found := score(values, [0])) is not None]
-    scored.sort(key=lambda item: item[0])
-    finalists = [values for _, values in scored[: 10 * space.prescreen.keep]]
-    scored = [(found, values) for values in finalists if (found := score(values, range(1, 5))) is not None]
-    scored.sort(key=lambda item: item[0])
-    chosen: list[dict[str, Any]] = []
-    for _, values in scored:
-        if len(chosen) == space.prescreen.keep:
-            break
-        if all(distance(values, other, known) > 0.1 * len(known) for other in chosen):
-            chosen.append({name: values[name] for name in known if name in values})
-    return [values | others for values, others in zip(chosen, _one_changed(space, default), strict=False)]
-
-
-def _one_changed(space: Space, default: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The default choices of the settings that are not the controller's, then with one of them changed, one by one."""
-    others = {
-        name: parameter.values
-        for name, parameter in space.search.items()
-        if name not in CONTROLLED and parameter.values and name in default and not parameter.when
-    }
-    same = {name: default[name] for name in others}
-    yield same
-    for name, values in others.items():
-        for value in values:
-            if value != default[name]:
-                yield same | {name: value}
-    while True:
-        yield {}
-
-
-def default_values(space: Space) -> dict[str, Any]:
-    """The trainer's defaults of the searched settings, moved into the space; without those that have no default."""
-    defaults = to_dict(TrainConfig())
-    result = {}
-    for name, parameter in space.search.items():
-        value = defaults[name]
-        if parameter.values is not None:
-            result[name] = value if value in parameter.values else parameter.values[0]
-        elif value is not None:
-            assert parameter.low is not None
-            assert parameter.high is not None
-            clipped = min(max(value, parameter.low), parameter.high)
-            if parameter.step is not None:
-                clipped = parameter.low + round((clipped - parameter.low) / parameter.step) * parameter.step
-            result[name] = type(parameter.low)(clipped)
-    return result
-
-
 def read_about(directory: Path) -> dict[str, Any]:
     """What the study in `directory` was started with: name, objectives, yaml, space, set.
 
@@ -598,61 +517,5 @@ def fingerprint(space: Space) -> dict[str, Any]:
     }
 
 
-def _contains(parameter: Parameter, value: Any) -> bool:
-    return value is not None and bool(_distribution(parameter)._contains(_internal(parameter, value)))
-
-
-def _internal(parameter: Parameter, value: Any) -> float:
-    try:
-        return float(_distribution(parameter).to_internal_repr(value))
-    except ValueError:
-        return -1.0
-
-
-def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
-    if parameter.values is not None:
-        return optuna.distributions.CategoricalDistribution(parameter.values)
-    assert parameter.low is not None
-    assert parameter.high is not None
-    if parameter.type == "int":
-        step = int(parameter.step or 1)
-        low, high = int(parameter.low), int(parameter.high)
-        return optuna.distributions.IntDistribution(low, high, step=step, log=parameter.log)
-    low_, high_ = float(parameter.low), float(parameter.high)
-    return optuna.distributions.FloatDistribution(low_, high_, step=parameter.step, log=parameter.log)
-
-
-def _suggest(trial: optuna.trial.Trial, name: str, parameter: Parameter) -> Any:
-    return trial._suggest(name, _distribution(parameter))
-
-
 def _storage(directory: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(directory / JOURNAL)))
-
-
-def _sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
-    trials = space.screen.trials or space.trials
-    startup = min(10, max(4, trials // 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if space.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        if space.sampler == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
-        if space.sampler == "qmc":
-            return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
-        if space.sampler == "cmaes":
-            if importlib.util.find_spec("cmaes") is None:
-                raise ConfigError("sampler", ["cmaes: the package is not installed; pip install cmaes"])
-            return optuna.samplers.CmaEsSampler(
-                seed=seed, n_startup_trials=startup, warn_independent_sampling=False, with_margin=True
-            )
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=False)
-
-
-def _pruner(space: Space) -> optuna.pruners.BasePruner:
-    if space.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=30, interval_steps=PRUNER_REPORT_PERCENT)
-    if space.pruner == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=20, reduction_factor=2)
-    return optuna.pruners.NopPruner()

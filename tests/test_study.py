@@ -16,7 +16,8 @@ from acmds_tune.journal import StudyBusyError, mend
 from acmds_tune.objective import Ended, write_outcome
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
-from acmds_tune.study import BAD_END_VIOLATION, SearchStudy, default_values, read_about
+from acmds_tune.stages import default_values
+from acmds_tune.study import BAD_END_VIOLATION, SearchStudy, read_about
 from tests.fake_objectives import figures
 
 TEXT = """

@@ -1,0 +1,83 @@
+"""A search space in Optuna's words: distributions, the sampler, the pruner."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import optuna
+
+from acmds_optimizer.errors import ConfigError
+from acmds_tune.space import Parameter, Space
+
+WITHOUT_CONSTRAINTS = ("cmaes",)
+"""Samplers that do not ask whether a trial kept the constraints: one that did not is told with the worst values."""
+
+PRUNER_REPORT_PERCENT = 5
+"""A running trial is judged each time it has come this much further."""
+
+
+def contains(parameter: Parameter, value: Any) -> bool:
+    """`value` may be proposed."""
+    return value is not None and bool(distribution(parameter)._contains(_internal(parameter, value)))
+
+
+def _internal(parameter: Parameter, value: Any) -> float:
+    try:
+        return float(distribution(parameter).to_internal_repr(value))
+    except ValueError:
+        return -1.0
+
+
+def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
+    """The parameter in Optuna's words."""
+    if parameter.values is not None:
+        return optuna.distributions.CategoricalDistribution(parameter.values)
+    assert parameter.low is not None
+    assert parameter.high is not None
+    if parameter.type == "int":
+        step = int(parameter.step or 1)
+        low, high = int(parameter.low), int(parameter.high)
+        return optuna.distributions.IntDistribution(low, high, step=step, log=parameter.log)
+    low_, high_ = float(parameter.low), float(parameter.high)
+    return optuna.distributions.FloatDistribution(low_, high_, step=parameter.step, log=parameter.log)
+
+
+def suggest(trial: optuna.trial.Trial, name: str, parameter: Parameter) -> Any:
+    """The value that the sampler proposes."""
+    return trial._suggest(name, distribution(parameter))
+
+
+def new_sampler(space: Space, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler that the search space asks for.
+
+    Raises:
+        ConfigError: a package that it needs is not installed.
+    """
+    trials = space.screen.trials or space.trials
+    startup = min(10, max(4, trials // 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if space.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if space.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+        if space.sampler == "qmc":
+            return optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+        if space.sampler == "cmaes":
+            if importlib.util.find_spec("cmaes") is None:
+                raise ConfigError("sampler", ["cmaes: the package is not installed; pip install cmaes"])
+            return optuna.samplers.CmaEsSampler(
+                seed=seed, n_startup_trials=startup, warn_independent_sampling=False, with_margin=True
+            )
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=False)
+
+
+def new_pruner(space: Space) -> optuna.pruners.BasePruner:
+    """The pruner that the search space asks for."""
+    if space.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=30, interval_steps=PRUNER_REPORT_PERCENT)
+    if space.pruner == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=20, reduction_factor=2)
+    return optuna.pruners.NopPruner()
