@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.space import Parameter, Space
+from acmds_tune.stages import SAMPLED
 
 WITHOUT_CONSTRAINTS = ("cmaes",)
 """Samplers that do not ask whether a trial kept the constraints: one that did not is told with the worst values."""
 
 PRUNER_REPORT_PERCENT = 5
 """A running trial is judged each time it has come this much further."""
+
+
+class OnlySampled(optuna.Study):
+    """A study as its sampler and its pruner see it: without baselines, anchors, confirmations and short runs.
+
+    These are ordinary trials of the study, so that Optuna's dashboard and other readers show them as what they are. A
+    sampler would take the best ones for several findings, and stop looking for settings that some of them do not have.
+    """
+
+    def __init__(self, whole: optuna.Study) -> None:
+        super().__init__(whole.study_name, whole._storage, whole.sampler, whole.pruner)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[optuna.trial.FrozenTrial]:
+        """What all of Optuna's samplers and pruners read; HyperbandPruner overrides it for the same purpose."""
+        trials = super()._get_trials(deepcopy, states, use_cache)
+        return [
+            trial
+            for trial in trials
+            if trial.user_attrs.get("stage", SAMPLED[-1]) in SAMPLED and "replaced" not in trial.user_attrs
+        ]
 
 
 def contains(parameter: Parameter, value: Any) -> bool:

@@ -34,6 +34,7 @@ from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_re
 from acmds_tune.samplers import (
     PRUNER_REPORT_PERCENT,
     WITHOUT_CONSTRAINTS,
+    OnlySampled,
     contains,
     distribution,
     new_pruner,
@@ -85,6 +86,7 @@ class SearchStudy:
         self.directory = directory
         self.space = space
         self._study = study
+        self._sampled = OnlySampled(study)
         self._lock = lock
         self._running: dict[int, optuna.trial.Trial] = {}
         self.enough = False
@@ -228,7 +230,7 @@ class SearchStudy:
 
     def _end_interrupted(self) -> None:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._running[trial.number] = optuna.trial.Trial(self._study, trial._trial_id)
+            self._running[trial.number] = optuna.trial.Trial(self._sampled, trial._trial_id)
             ended = read_outcome(self.trial_directory(trial.number))
             if ended is not None and ended.status != "stopped":
                 self.finish(trial.number, ended)
@@ -292,7 +294,7 @@ class SearchStudy:
             return self._repeat(step)
         stage = step.stage if isinstance(step, Sample) else SAMPLED[-1]
         while True:
-            trial = self._study.ask()
+            trial = self._sampled.ask()
             values = self._suggested(trial)
             allowed = self._allowed(values, derived_seed(self.space.seed, -2 - trial.number))
             if allowed == values:
@@ -300,7 +302,7 @@ class SearchStudy:
             # in its place the nearest one that may be tried, of which the sampler then learns
             self._study.enqueue_trial(allowed, user_attrs={"label": trial.user_attrs.get("label", "")})
             trial.set_user_attr("replaced", True)
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._sampled.tell(trial, state=TrialState.PRUNED)
         return self._begin(trial, values, {}, Extra(stage, trial.user_attrs.get("label", ""), values))
 
     def _suggested(self, trial: optuna.trial.Trial) -> dict[str, Any]:
@@ -312,9 +314,21 @@ class SearchStudy:
         return values
 
     def _repeat(self, extra: Extra) -> Proposal:
-        # told as failed in the end, so that the sampler does not learn from it; what is enqueued stays for the search
-        self._study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
-        trial = optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[-1]._trial_id)
+        # not asked for: what is enqueued stays for the search. Its stage hides it from the sampler from the first on
+        values = {**extra.values, **extra.more}
+        params = {
+            name: values[name]
+            for name, parameter in self.space.search.items()
+            if name in values and contains(parameter, values[name])
+        }
+        new = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions={name: distribution(self.space.search[name]) for name in params},
+            user_attrs={"stage": extra.stage, "label": extra.label},
+        )
+        self._study.add_trial(new)
+        trial = optuna.trial.Trial(self._sampled, self._study.get_trials(deepcopy=False)[-1]._trial_id)
         return self._begin(trial, dict(extra.values), extra.more, extra)
 
     def _begin(
@@ -359,7 +373,8 @@ class SearchStudy:
 
         A bad end is told as a trial with a violated constraint and its last measured values: Optuna's samplers ignore
         failed trials, and would propose the same again. Only an interrupted trial is told as failed, since its end says
-        nothing about its settings; they are tried once more.
+        nothing about its settings; they are tried once more. Trials that the sampler did not propose are told like any
+        other, for whoever reads the journal, but it does not see them.
 
         Returns:
             The trial's status: that of `ended`, or `infeasible` where it ended well but broke a constraint or has
@@ -391,21 +406,20 @@ class SearchStudy:
             trial.set_user_attr("interrupted", True)
             if sampled:
                 self._try_again(trial)
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._sampled.tell(trial, state=TrialState.FAIL)
             return status
         trial.set_user_attr("constraints", violations)
         trial.set_user_attr("values", self._values(figures))
-        if not sampled:
-            self._study.tell(trial, state=TrialState.FAIL)
-            if trial.user_attrs.get("stage") == "plant":
-                self._prescreen(number)
+        if trial.user_attrs.get("stage") == "plant":  # its figures are those of no configuration
+            self._sampled.tell(trial, state=TrialState.PRUNED)
+            self._prescreen(number)
             return status
         if self.space.sampler in WITHOUT_CONSTRAINTS:
             figures = figures if all(value <= 0 for value in violations) else {}
         else:
             for index, value in enumerate(violations):
                 trial.set_constraint(str(index), value)
-        self._study.tell(trial, self._values(figures))
+        self._sampled.tell(trial, self._values(figures))
         return status
 
     def _stage(self, number: int) -> str:

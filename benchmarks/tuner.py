@@ -23,6 +23,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from subprocess import DEVNULL
+from typing import Any
 
 from acmds_tune.records import busy_share, choose_best, confirmations
 from acmds_tune.report import load_study
@@ -37,6 +38,13 @@ search:
   lr: {{low: 0.0001, high: 0.1, log: true}}
   min_batch_size: {{low: 4, high: 32}}
 """
+
+LATER_STAGES = """
+anchor_every: 9
+baselines: [default, fixed batch]
+confirm: {top: 2, seeds: 2}
+"""
+"""What a search that is killed has as well, so that kills strike in every stage."""
 
 PAIR = """
 seed: 1
@@ -78,9 +86,12 @@ def overhead(folder: Path, backend: list[str], trials: int = 30) -> None:
 
 
 def kill(folder: Path, backend: list[str], kills: int = 20) -> None:
-    """Kill the search at random moments; every resume must go on, and the last one end with every trial, once."""
-    rng, trials = random.Random(0), 30
-    (folder / "kill.yaml").write_text(QUICK.format(trials=trials), encoding="utf-8")
+    """Kill the search at random moments; every resume must go on, and the last one end with every trial, once.
+
+    A search of 20 trials has an anchor after each nine, a baseline and a confirmation, and is killed in these as well.
+    """
+    rng, trials = random.Random(0), 20
+    (folder / "kill.yaml").write_text(QUICK.format(trials=trials) + LATER_STAGES, encoding="utf-8")
     study = folder / "kill"
     command = tune("search", str(folder / "kill.yaml"), "--results-dir", str(folder), "--resume", *backend)
     table = csv.writer(sys.stdout)
@@ -100,26 +111,32 @@ def kill(folder: Path, backend: list[str], kills: int = 20) -> None:
         finished = {row.number: row.status for row in rows if row.status != "running" and not row.interrupted}
         lost = [each for each, status in finished_before.items() if finished.get(each) != status]
         table.writerow((number, more, f"{delay:.2f}", len(rows), len(finished), len(lost)))
-        say(f"kill {number}: {len(finished)} of {trials} finished, {len(lost)} lost")
+        say(f"kill {number}: {len(finished)} finished, {len(lost)} lost")
         finished_before = finished
-        if len(finished) >= trials - 3:  # begin a new one, so that each kill strikes a search that runs
+        if sum(row.stage == "confirm" for row in rows) > 6:  # a new one, so that each kill strikes a search that runs
             study.rename(folder / f"kill_{number}")
-            finish(table, command, folder / f"kill_{number}", study, trials)
+            finish(table, command, folder / f"kill_{number}", trials)
             finished_before = {}
-    finish(table, command, study, study, trials)
+    if study.exists():
+        finish(table, command, study, trials)
 
 
-def finish(table: object, command: list[str], kept: Path, study: Path, trials: int) -> None:
+def finish(table: Any, command: list[str], study: Path, trials: int) -> None:
     """Resume to the end, and check that every trial is there once."""
-    resume = tune("resume", str(kept), *command[command.index("--resume") + 1 :])
+    resume = tune("resume", str(study), *command[command.index("--resume") + 1 :])
     subprocess.run(resume, check=True, stdout=DEVNULL, stderr=DEVNULL)
-    counted = [row for row in load_study(kept).trials if not row.interrupted]
-    points = Counter(tuple(sorted((name, row.config[name]) for name in ("lr", "min_batch_size"))) for row in counted)
-    repeated = sum(count - 1 for count in points.values())
-    say(f"resumed to the end: {len(counted)} trials of {trials}, {repeated} repeated")
-    table.writerow(("end", "", "", len(load_study(kept).trials), len(counted), repeated))  # type: ignore[attr-defined]
-    if len(counted) != trials or repeated:
-        raise SystemExit("a trial was lost or repeated")
+    counted = [row for row in load_study(study).trials if not row.interrupted]
+    searched = [row for row in counted if row.stage == "search"]
+    points = Counter(tuple(row.config[name] for name in ("lr", "min_batch_size")) for row in searched)
+    later = Counter((row.stage, row.label, row.seed) for row in counted if row.stage in ("baseline", "confirm"))
+    repeated = sum(count - 1 for count in [*points.values(), *later.values()])
+    stages = Counter(row.stage for row in counted)
+    say(f"resumed to the end: {dict(stages)}, {repeated} repeated")
+    table.writerow(("end", "", "", len(load_study(study).trials), len(counted), repeated))
+    # two of the best, the defaults and the best fixed batch on two seeds; an anchor after each nine trials
+    wanted = {"search": trials, "anchor": (trials - 1) // 9, "confirm": 8}
+    if repeated or any(stages[name] != count for name, count in wanted.items()):
+        raise SystemExit(f"a trial was lost or repeated: {dict(stages)}")
 
 
 def study(folder: Path, backend: list[str], file: str, deadline: int = 300) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -161,15 +162,41 @@ def test_the_default_settings_are_run_again_now_and_then_with_the_same_seed(run:
     assert (started[4].seed, started[4].values) == (started[0].seed, started[0].values)
 
 
-def test_the_sampler_learns_only_from_what_it_proposed(run: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("sampler", ["tpe", "qmc"])
+def test_the_sampler_learns_only_from_what_it_proposed(run: Callable[..., Any], sampler: str) -> None:
+    text = TEXT.replace("trials: 4", "trials: 8") + f"sampler: {sampler}\n"
+    _, alone = run(text, speed_of_lr, "alone")
+    _, among = run(text + "anchor_every: 2\nconfirm: {top: 1, seeds: 2}\n", speed_of_lr, "among")
+    assert len(among) > len(alone)
+    assert [each.values for each in among if each.stage == "search"] == [each.values for each in alone]
+
+
+def test_optunas_own_readers_see_later_stages_as_ordinary_trials_with_their_settings(run: Callable[..., Any]) -> None:
     text = TEXT + "anchor_every: 2\nbaselines: [fixed batch]\nconfirm: {top: 1, seeds: 2}\n"
-    study, _ = run(text, speed_of_lr)
-    trials = study._study.get_trials()
-    told = {each.user_attrs["stage"] for each in trials if each.state == TrialState.COMPLETE}
-    assert told == {"search"}
-    row = next(row for row in load_study(study.directory).trials if row.stage == "confirm")
-    assert row.feasible
-    assert row.values is not None
+    study, started = run(text + "constraints: [oom_events <= 0]\n", fits_64)
+    trials = optuna.load_study(study_name="s", storage=study._study._storage).get_trials()
+    assert {each.state for each in trials} == {TrialState.COMPLETE}
+    assert [each.user_attrs["stage"] for each in trials] == [each.stage for each in started]
+    for trial, proposal in zip(trials, started, strict=True):
+        assert trial.params == proposal.values
+        assert trial.values == [float(proposal.settings["max_batch_size"])]
+        assert trial.constraints["0"] == (proposal.settings["max_batch_size"] > 64)
+
+
+def test_a_later_stage_that_a_kill_cut_off_as_it_began_is_not_taken_for_a_trial_of_the_search(
+    tmp_path: Path, space: Callable[[str], Space]
+) -> None:
+    text = TEXT.replace("trials: 4", "trials: 1") + "confirm: {top: 1, seeds: 1}\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    study.finish(study.propose().number, Ended("ok", "", figures(), 1.0))
+    study.propose()
+    study.close()
+    lines = (tmp_path / "s" / JOURNAL).read_text(encoding="utf-8").splitlines(keepends=True)
+    begun = max(number for number, line in enumerate(lines) if '"stage":"confirm"' in line)
+    (tmp_path / "s" / JOURNAL).write_text("".join(lines[: begun + 1]), encoding="utf-8")
+    again = SearchStudy.resume(tmp_path / "s", space(text))
+    assert [(row.stage, row.interrupted) for row in again.record().trials] == [("search", False), ("confirm", True)]
+    assert again.propose().stage == "confirm"
 
 
 def test_a_later_stage_waits_for_trials_that_still_run(space: Callable[[str], Space]) -> None:
