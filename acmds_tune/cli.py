@@ -33,6 +33,13 @@ _SET: tuple[str, dict[str, Any]] = (
     },
 )
 
+EPILOG = """examples:
+  acmds-tune search search_spaces/quickstart.yaml
+  acmds-tune resume results/quickstart
+  acmds-tune extend results/quickstart --trials +20
+  acmds-tune status results/quickstart
+  acmds-train --config results/quickstart/best.json"""
+
 INTERRUPTED_EXIT = 130
 """What a shell expects of a program that Ctrl-C ended."""
 
@@ -53,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="acmds-tune", description=(__doc__ or "").split(": ", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="acmds-tune",
+        description="Search the settings of the trainer, report what was found, check the machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     search = commands.add_parser(
@@ -68,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--name", help="name of the study, and of its folder; else the file says it, or its own name is it"
     )
     search.add_argument(
-        "--results-dir", type=Path, default=Path("results"), help="where studies are kept (%(default)s)"
+        "--results-dir", type=Path, metavar="DIR", default=Path("results"), help="where studies are kept (%(default)s)"
     )
     search.add_argument("--resume", action="store_true", help="go on with the study if it exists")
     search.add_argument("--trials", type=int, metavar="N", help="how many trials, whatever the file says")
@@ -276,15 +288,15 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _best(arguments: argparse.Namespace) -> int:
-    path = arguments.directory / "best.json"
-    if not path.is_file():
-        raise ConfigError(str(arguments.directory), ["has no best.json: no trial was feasible, or none has ended yet"])
     from acmds_tune.report import load_study  # imports Optuna
 
+    study, path = load_study(arguments.directory), arguments.directory / "best.json"
+    if not path.is_file():
+        raise ConfigError(str(arguments.directory), ["has no best.json: no trial was feasible, or none has ended yet"])
     content = json.loads(path.read_text(encoding="utf-8"))
     print(path)
     print(f"trial: {content['acmds_study']['trial']}")
-    for name in load_study(arguments.directory).searched:
+    for name in study.searched:
         print(f"{name}: {json.dumps(content['config'].get(name))}")
     return 0
 

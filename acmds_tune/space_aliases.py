@@ -71,6 +71,14 @@ REFUSED_VALUES = {
     ("pruner", "hyperband"): "not offered; halving is one bracket of it",
 }
 
+REFUSED_SETTINGS = {
+    "batch_size": "there are two: effective_batch_size is what a step learns from, max_batch_size what memory holds",
+    "learning_rate": "it is called lr",
+    "num_epochs": "it is called epochs",
+    "wd": "it is called weight_decay",
+}
+"""What other trainers call their settings, with what it is here. Not read as ours: they would differ in best.json."""
+
 PARAMETER_ALIASES = {
     "min": "low",
     "lower": "low",
@@ -164,8 +172,8 @@ def _put(target: dict[str, Any], key: str, value: Any, old: KeyPath, new: KeyPat
 
 
 def _choice(key: str, value: Any, aliases: dict[str, str], source: Source) -> Any:
-    if isinstance(value, dict) and set(value) == {"type"}:  # W&B: early_terminate: {type: hyperband}
-        value = value["type"]
+    if isinstance(value, dict) and (set(value) == {"type"} or (key, value.get("type")) in REFUSED_VALUES):
+        value = value["type"]  # W&B: early_terminate: {type: hyperband, min_iter: 3}
     if value is None or value is False:  # `pruner: null` reads as no pruner
         return "none"
     name = str(value).lower()

@@ -20,6 +20,7 @@ from acmds_tune.space_aliases import (
     PARAMETER_ALIASES,
     PRUNER_ALIASES,
     REFUSED_PARAMETER_KEYS,
+    REFUSED_SETTINGS,
     REFUSED_TOP_LEVEL,
     REFUSED_TYPES,
     REFUSED_VALUES,
@@ -126,6 +127,7 @@ def _alias_table() -> str:
 def _refused_list() -> str:
     lines = [f"- `{key}`: {hint}." for key, hint in REFUSED_TOP_LEVEL.items()]
     lines += [f"- `{key}: {value}`: {hint}." for (key, value), hint in REFUSED_VALUES.items()]
+    lines += [f"- `{name}` under `search` or `fixed`: {hint}." for name, hint in REFUSED_SETTINGS.items()]
     lines += [f"- `{key}` of a setting: {hint}." for key, hint in REFUSED_PARAMETER_KEYS.items()]
     lines += [f"- `type: {kind}` of a setting: {hint}." for kind, hint in REFUSED_TYPES.items()]
     return "\n".join(lines)

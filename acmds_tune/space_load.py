@@ -33,7 +33,7 @@ from acmds_tune.space import (
     ordered,
     parse_constraint,
 )
-from acmds_tune.space_aliases import canonical
+from acmds_tune.space_aliases import REFUSED_SETTINGS, canonical
 from acmds_tune.space_yaml import Source, read
 
 
@@ -211,7 +211,8 @@ def _checked(name: str, value: Any, path: tuple[str | int, ...], source: Source)
 
 def _known_setting(section: str, name: str, source: Source) -> bool:
     if name not in field_names():
-        source.complain((section, name), f"the trainer has no such setting{nearest(name, field_names())}")
+        hint = f"; {REFUSED_SETTINGS[name]}" if name in REFUSED_SETTINGS else nearest(name, field_names())
+        source.complain((section, name), f"the trainer has no such setting{hint}")
         return False
     if name in SET_BY_THE_SEARCH:
         source.complain((section, name), f"cannot be set here: {SET_BY_THE_SEARCH[name]}")

@@ -63,6 +63,8 @@ def read(path: Path) -> tuple[dict[str, Any], Source]:
     """
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["does not exist"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
     source = Source(str(path))

@@ -3,7 +3,7 @@
     python -m benchmarks.tuner overhead [TRIALS]            # CPU, 1 to 2 minutes: seconds lost a trial beyond training
     python -m benchmarks.tuner kill [KILLS]                 # CPU, minutes: kill -9 at random moments, and resume
     python -m benchmarks.tuner study FILE.yaml [SECONDS]    # a search, and what it found beside its baselines
-    python -m benchmarks.tuner pair [TRIALS] [DEVICE]       # two GPUs: trials an hour one by one, and two at once
+    python -m benchmarks.tuner pair [TRIALS] [DEVICE]       # two GPUs (or `cpu`): trials an hour, one and two at once
 
 All take `--backend local` as the last words to do without Ray, and `--out FOLDER` before them to keep the studies.
 """

@@ -134,6 +134,8 @@ def test_keys_of_ray_that_belong_into_a_section_are_moved_there_with_their_unit(
         ("search:\n  lr: [0.001, 0.1]\n", "line 2: search.lr: a list could be a range or choices"),
         ("search:\n  lr: 0.1\n", "line 2: search.lr: a plain value belongs under fixed"),
         ("direction: minimize\n" + SEARCH, "write it with its figure"),
+        ("early_terminate: {type: hyperband, min_iter: 3}\n" + SEARCH, "'hyperband': not offered; halving is one"),
+        ("fixed: {batch_size: 64}\n" + SEARCH, "the trainer has no such setting; there are two: effective_batch_size"),
     ],
 )
 def test_what_means_something_else_is_refused_with_a_hint(problems: Any, text: str, hint: str) -> None:
@@ -340,7 +342,7 @@ def test_what_is_no_yaml_mapping_is_refused(problems: Any, text: str, message: s
 
 
 def test_a_missing_file_is_a_problem_and_not_a_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "none.yaml")
 
 

@@ -73,13 +73,13 @@ def test_a_file_with_problems_is_wrong_usage_and_no_traceback(
         (["search", "{file}", "--set", "lr"], "--set lr: write KEY=VALUE"),
         (["search", "{file}", "--set", "modle=x"], "--set modle: the trainer has no such setting"),
         (["search", "{file}", "--trials", "0"], "trials: 0: input should be greater than or equal to 1"),
-        (["search", "none.yaml"], "cannot be read"),
+        (["search", "none.yaml"], "does not exist"),
         (["resume", "nowhere"], "is not the folder of a study"),
         (["extend", "nowhere", "--trials", "+2"], "is not the folder of a study"),
         (["extend", "nowhere", "--trials", "+0"], "--trials +0: write +20 for 20 more, or 50 for 50 in all"),
         (["search", "{file}", "--backend", "local", "--ray-address", "auto"], "does not go with --backend local"),
         (["report", "nowhere"], "is not the folder of a study"),
-        (["best", "nowhere"], "has no best.json"),
+        (["best", "nowhere"], "is not the folder of a study"),
     ],
 )
 def test_wrong_usage_is_explained_and_has_exit_code_2(
