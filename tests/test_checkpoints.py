@@ -172,16 +172,20 @@ KILLED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("number", "kills", "epochs"), [(signal.SIGKILL, 1, 6)])
-def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(number, kills, epochs, tmp_path):
-    """By hand: ACMDS_KILLS=10 pytest tests/test_checkpoints.py -k killed."""
-    kills = int(os.environ.get("ACMDS_KILLS", kills))
-    settings = KILLED | {"epochs": epochs * max(1, (kills + 1) // 2)}
-    moments = [random.Random(kills).uniform(0.0, 0.5) for _ in range(kills)]
-    happened = kill_and_resume(tmp_path / "killed", settings, moments, number)
+KILLS = int(os.environ.get("ACMDS_KILLS", "1"))
+SIGNALS = [signal.SIGKILL, signal.SIGTERM] if KILLS > 1 else [signal.SIGKILL]  # SIGTERM has a test of its own
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.timeout(60 + 30 * KILLS)
+def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(number, tmp_path):
+    """By hand: ACMDS_KILLS=10 pytest tests/test_checkpoints.py -k killed_at."""
+    settings = KILLED | {"epochs": 6 * KILLS}
+    chance = random.Random(KILLS)
+    happened = kill_and_resume(tmp_path / "killed", settings, [chance.uniform(0.0, 0.5) for _ in range(KILLS)], number)
+    assert happened == KILLS
     run_training(config(**settings), output_dir=tmp_path / "whole")
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
-    assert happened >= 1
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", "truncated", "foreign"])

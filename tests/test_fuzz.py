@@ -1,6 +1,6 @@
 """Damaged configuration files, checkpoints and folders of images: each a message and exit code 1 or 2, no traceback.
 
-By hand, all of them: ACMDS_FUZZ=200 pytest tests/test_fuzz.py
+More of them: ACMDS_FUZZ=2000 pytest tests/test_fuzz.py
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from PIL import Image
 from acmds_optimizer import TrainConfig, cli, run_training
 from acmds_optimizer.config import field_names
 
-CASES = int(os.environ.get("ACMDS_FUZZ", "18"))
+CASES = int(os.environ.get("ACMDS_FUZZ", "200"))
 """How many in all; a third of each kind."""
 
 SEEDS = range((CASES + 2) // 3)
