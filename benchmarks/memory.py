@@ -112,7 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plot:
         from benchmarks.memory_plot import draw
 
-        draw(timelines, setting, options.plot)
+        try:
+            draw(timelines, setting, options.plot)
+        except ValueError as error:
+            print(f"no picture: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

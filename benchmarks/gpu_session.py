@@ -1,0 +1,198 @@
+"""All measurements that need a GPU, one after the other, within a number of seconds.
+
+    python -m benchmarks.gpu_session OUT 3000 --data cifar10            # everything; 50 minutes
+    python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
+    CUDA_VISIBLE_DEVICES=1 python -m benchmarks.gpu_session OUT 560 --data cifar10 --parts curriculum_15 &
+    python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
+
+Each part is a command of its own with a limit of its own. One that fails or hangs is noted, and the next one begins;
+what does not fit into the seconds left is skipped. OUT gets the parts' tables, PART.log with all that a part printed,
+and a row a part in session.csv. A part whose log is there already is not run again, except those that go on where they
+stopped (curriculum, resolution). --data: a folder of CIFAR-10 images as benchmarks/cifar10_folder.py writes it, or the
+parquet file that it unpacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COLUMNS = ("part", "status", "seconds", "limit_s", "gpus", "command")
+_SHORTEST_S = 30.0
+_GRACE_S = 15.0
+"""A script's own deadline comes so long before it is killed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command, in which {out} is the folder of results, {data} that of CIFAR-10, {deadline} the seconds it has."""
+
+    name: str
+    limit_s: float
+    command: str
+    table: str = ""
+    """Where its stdout goes, if that is a table."""
+    goes_on: bool = False
+    """Whether it can be run again, and adds what is missing."""
+    gpus: int = 1
+
+
+_GRID = "benchmarks.throughput --out {out}/{part}.csv --parts grid --image-sizes 224 --deadline {deadline}"
+_CURRICULUM = "benchmarks.curriculum cifar --data {data} --out {out}/curriculum.csv --seeds 3 --deadline {deadline}"
+PARTS = {
+    part.name: part
+    for part in (
+        Part("tests", 300, "pytest -m gpu -q -p no:cacheprovider"),
+        Part("memory", 580, "benchmarks.memory --out {out}/memory.csv --plot {out}/neighbour.png --seconds 6 "
+             "--deadline {deadline}"),
+        Part("grid", 300, f"{_GRID} --models resnet50,efficientnet_b0,resnet18 --batches 32,128,256 --seconds 0.7"),
+        Part("jpeg", 120, "benchmarks.throughput --out {out}/jpeg.csv --parts jpeg --jpegs 2000 --deadline {deadline}"),
+        Part("cifar", 120, "benchmarks.throughput --out {out}/cifar.csv --parts first,cifar --folder {data} "
+             "--deadline {deadline}"),
+        Part("compiled", 240, f"{_GRID} --models resnet50,efficientnet_b0 --batches 32,256 "
+             "--systems eager,compiled,ours,ours_compiled"),
+        Part("curriculum_15", 560, f"{_CURRICULUM} --epochs 15", goes_on=True),
+        Part("curriculum_30", 560, f"{_CURRICULUM} --epochs 30", goes_on=True),
+        Part("resolution", 300, "benchmarks.resolution --data {data} --out {out}/resolution.csv --deadline {deadline}",
+             goes_on=True),
+        Part("dry_run", 180, "benchmarks.dry_run --out {out}/dry_run.csv --deadline {deadline}"),
+        Part("study", 360, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
+             table="study.csv"),
+        Part("pair", 240, "benchmarks.tuner pair 8 cuda --out {out}/pair", table="pair.csv", gpus=2),
+    )
+}  # fmt: skip
+"""In the order in which they are run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_session",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for tables and logs")
+    parser.add_argument("seconds", type=float, metavar="SECONDS", help="what it all may take")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--data", type=Path, help="CIFAR-10, for the parts cifar, curriculum and resolution")
+    parser.add_argument("--list", action="store_true", help="only print the commands")
+    options = parser.parse_args(argv)
+    names = options.parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"--parts: {', '.join(unknown)} is none of {', '.join(PARTS)}")
+    chosen = [PARTS[name] for name in PARTS if name in names]
+    if options.data is None and (wanting := [part.name for part in chosen if "{data}" in part.command]):
+        parser.error(f"--data is needed for {', '.join(wanting)}")
+    if options.data is not None and not options.data.exists():
+        parser.error(f"--data: {options.data} does not exist")
+    if options.list:
+        for part in chosen:
+            print(shlex.join(arguments(part, options.out.resolve(), options.data, part.limit_s)))
+        return 0
+    return run_all(chosen, options.out.resolve(), options.data, options.seconds)
+
+
+def arguments(part: Part, out: Path, data: Path | None, limit_s: float) -> list[str]:
+    """The command line of a part that may take `limit_s`."""
+    deadline = round(max(1.0, limit_s - _GRACE_S))
+    values = {"out": str(out), "part": part.name, "data": str(data), "deadline": str(deadline)}
+    return [sys.executable, "-m", *(word.format(**values) for word in part.command.split())]
+
+
+def run_all(parts: Sequence[Part], out: Path, data: Path | None, seconds: float) -> int:
+    """Run them, with a row each in session.csv; 1 if one did not end well."""
+    end = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    fresh = not (out / "session.csv").exists()
+    bad = False
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        (out / "session.csv").open("a", newline="", encoding="utf-8") as file,
+    ):
+        table = csv.writer(file)
+        if fresh:
+            table.writerow(COLUMNS)
+        if data is not None:
+            data = _folder(data.resolve(), Path(scratch))
+        for part in parts:
+            began = time.monotonic()
+            limit = min(part.limit_s, end - began)
+            command = arguments(part, out, data, limit)
+            if (out / f"{part.name}.log").exists() and not part.goes_on:
+                status = "was there already"
+            elif limit < _SHORTEST_S:
+                status = "no time left"
+            elif part.gpus > 1 and part.gpus > (gpus := _gpus()):
+                status = f"needs {part.gpus} GPUs, and here are {gpus}"
+            else:
+                status = _run(command, out / f"{part.name}.log", out / part.table if part.table else None, limit)
+            took = time.monotonic() - began
+            bad |= status not in ("ok", "was there already")
+            table.writerow((part.name, status, f"{took:.1f}", f"{limit:.0f}", _visible(), shlex.join(command)))
+            file.flush()
+            print(f"{part.name}: {status}, {took:.0f} s", flush=True)
+    return int(bad)
+
+
+def _run(command: list[str], log: Path, table: Path | None, limit_s: float) -> str:
+    """How it ended. It and all that it started are ended at the limit."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    }
+    with log.open("a", encoding="utf-8") as text:
+        output = table.open("w", encoding="utf-8") if table else text
+        try:
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=text,
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            if table:
+                output.close()
+    try:
+        code = process.wait(limit_s)
+        return "ok" if code == 0 else f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        return f"ended after {limit_s:.0f} s"
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, number)
+                process.wait(5.0)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _folder(data: Path, scratch: Path) -> Path:
+    if data.is_dir():
+        return data
+    from benchmarks.cifar10_folder import main as unpack
+
+    unpack(str(data), str(scratch / "cifar10"))
+    return scratch / "cifar10"
+
+
+def _visible() -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
