@@ -291,7 +291,7 @@ def request_stop(directory: Path, reason: str) -> None:
 
 def _preloaded(task: Task) -> list[str]:
     own = ["acmds_tune.child"]
-    if task.objective != DEFAULT_OBJECTIVE:  # whatever it imports might not bear to be forked
+    if not task.objective.startswith("acmds_tune."):  # whatever it imports might not bear to be forked
         return own
     return [*own, *TRAINER_MODULES, *DATASET_MODULES.get(task.settings.get("dataset", ""), [])]
 

@@ -13,7 +13,7 @@ import math
 import random
 import statistics
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ PLANT_FILE = "plant.json"
 
 SIZES = 4
 """Micro-batches that are measured, evenly spaced on a logarithmic scale."""
+
+MOST_PARTS = 4
+"""Micro-batches of a measured step at most."""
 
 WARM_STEPS, TIMED_STEPS = 3, 8
 SIMULATED_STEPS = 150
@@ -184,25 +187,24 @@ def fit(runs: Mapping[int, Sequence[Mapping[str, float]]]) -> Plant:
     steady = {size: list(rows)[WARM_STEPS:] for size, rows in sorted(runs.items()) if len(rows) > WARM_STEPS}
     if not steady:
         raise ValueError("no run has enough steps")
-    sizes = tuple(steady)
+    sizes, step_seconds = tuple(steady), _step_seconds(steady.values())
+    # a step of one micro-batch holds less than one of several, which is what a run has
+    most = {size: max(row["micro_batches"] for row in rows) for size, rows in steady.items()}
+    steady = {size: [row for row in rows if row["micro_batches"] == most[size]] for size, rows in steady.items()}
     # of the reserved bytes too: it is these that the budget bounds
     held = {size: [max(row["peak_allocated_gb"], row["reserved_gb"]) for row in steady[size]] for size in sizes}
     peaks = [statistics.median(held[size]) for size in sizes]
-    whole = [statistics.median(row["seconds"] for row in steady[size]) for size in sizes]
-    counts = [statistics.median(row["micro_batches"] for row in steady[size]) for size in sizes]
+    times = {size: [(row["seconds"] - step_seconds) / row["micro_batches"] for row in steady[size]] for size in sizes}
     spread = [row["peak_allocated_gb"] for size in sizes for row in steady[size]]
     means = {size: statistics.fmean(row["peak_allocated_gb"] for row in steady[size]) for size in sizes}
     relative = [row["peak_allocated_gb"] / max(1e-9, means[size]) for size in sizes for row in steady[size]]
-    jitter = statistics.median(
-        statistics.pstdev([row["seconds"] for row in steady[size]]) / max(1e-9, time)
-        for size, time in zip(sizes, whole, strict=True)
-    )
+    jitter = statistics.median(statistics.pstdev(each) / max(1e-9, statistics.median(each)) for each in times.values())
     slope = (peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0
     return Plant(
         sizes=sizes,
         peaks_gb=tuple(peaks),
-        seconds=tuple(time / count for time, count in zip(whole, counts, strict=True)),
-        step_seconds=0.0,  # it is in the times of the micro-batches, of which each size had its own number
+        seconds=tuple(max(1e-9, statistics.median(each)) for each in times.values()),
+        step_seconds=step_seconds,
         base_gb=max(0.0, min(min(spread), peaks[0] - slope * sizes[0])),
         noise=statistics.pstdev(relative),
         time_noise=min(0.2, jitter),
@@ -210,11 +212,33 @@ def fit(runs: Mapping[int, Sequence[Mapping[str, float]]]) -> Plant:
     )
 
 
+def _step_seconds(runs: Iterable[Sequence[Mapping[str, float]]]) -> float:
+    """Of an optimizer step besides its micro-batches, from a size that was run with two numbers of them; else 0."""
+    for rows in runs:
+        counts = sorted({row["micro_batches"] for row in rows})
+        if len(counts) > 1:
+            few, many = counts[0], counts[-1]
+            short, long = (
+                statistics.median(r["seconds"] for r in rows if r["micro_batches"] == n) for n in (few, many)
+            )
+            return max(0.0, short - few * (long - short) / (many - few))
+    return 0.0
+
+
 def sizes_to_measure(low: int, high: int) -> list[int]:
     """SIZES micro-batches from `low` to `high`."""
     if low >= high:
         return [high]
     return sorted({round(low * (high / low) ** (place / (SIZES - 1))) for place in range(SIZES)})
+
+
+def runs_to_measure(low: int, high: int, step_samples: int) -> list[tuple[int, int]]:
+    """(micro-batch, micro-batches in a step) of the short runs: whole micro-batches, else they would be made smaller.
+
+    The smallest is run with one and with several, which tells the time of the optimizer's step from theirs.
+    """
+    runs = [(size, max(1, min(MOST_PARTS, step_samples // size))) for size in sizes_to_measure(low, high)]
+    return [*([(runs[0][0], 1)] if runs[0][1] > 1 else []), *runs]
 
 
 def measure(settings: Mapping[str, Any], directory: Path, report: Report, should_stop: ShouldStop) -> dict[str, Any]:
@@ -226,19 +250,20 @@ def measure(settings: Mapping[str, Any], directory: Path, report: Report, should
     low, high = config.min_batch_size, config.max_batch_size
     runs: dict[int, list[dict[str, float]]] = {}
     figures: dict[str, Any] = {}
-    for size in sizes_to_measure(low, high):
+    for size, count in runs_to_measure(low, high, config.step_samples):
         held = {
             **settings, "min_batch_size": size, "max_batch_size": size, "max_steps": WARM_STEPS + TIMED_STEPS,
-            "effective_batch_size": max(size, min(config.step_samples, 4 * size)), "batch_policy": "hold",
+            "effective_batch_size": size * count, "batch_policy": "hold",
         }  # fmt: skip
-        folder = directory / f"batch_{size}"
+        folder = directory / f"batch_{size}x{count}"
         found = until_error(held, folder, report, should_stop)
         if found is None:
             break
         figures = found
         with (folder / "steps.csv").open(newline="", encoding="utf-8") as file:
             rows = [{name: _number(text) for name, text in row.items() if name} for row in csv.DictReader(file)]
-        runs[size] = [row for row in rows if row["micro_batch"] == size]
+        of_size = [row for row in rows if row["micro_batch"] == size]
+        runs[size] = [*runs[size], *of_size[WARM_STEPS:]] if size in runs else of_size
     plant = fit(runs)
     (directory / PLANT_FILE).write_text(json.dumps(asdict(plant), indent=2) + "\n", encoding="utf-8")
     return figures
@@ -261,16 +286,19 @@ def read_plant(path: Path) -> Plant | None:
     return Plant(**plain)
 
 
-def agreement(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float] | None:
-    """(Spearman's rank correlation, median relative error after scaling by the median ratio); None for under three."""
+def agreement(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float | None, float] | None:
+    """(Spearman's rank correlation, median relative error after scaling by the median ratio); None for under three.
+
+    There is no correlation where all are alike.
+    """
     if len(predicted) < 3:
         return None
     ratio = statistics.median(m / p for p, m in zip(predicted, measured, strict=True))
     error = statistics.median(abs(p * ratio / m - 1.0) for p, m in zip(predicted, measured, strict=True))
     try:
         return statistics.correlation(_ranks(predicted), _ranks(measured)), error
-    except statistics.StatisticsError:  # all alike
-        return None
+    except statistics.StatisticsError:
+        return None, error
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

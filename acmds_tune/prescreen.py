@@ -1,4 +1,4 @@
-"""Which settings to try first, by trying thousands of them on the plant."""
+"""Which settings to try first, by trying thousands of them on the plant; and whether it was right."""
 
 from __future__ import annotations
 
@@ -9,8 +9,42 @@ from typing import Any
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.plant import CONTROLLED, Plant, simulate
+from acmds_tune.records import DONE, StudyRecord, TrialRecord
 from acmds_tune.requires import Requirement, all_hold, distance, draw
 from acmds_tune.space import Space, derived_seed
+from acmds_tune.stages import DEFAULT, SAMPLED
+
+FROM_PLANT = "plant"
+"""Label of trials that were chosen on the plant."""
+
+PROMISED = 1.05
+"""A prediction of this many times the defaults' throughput, or more, is one that can be held against the plant."""
+
+
+def misled(study: StudyRecord) -> bool:
+    """The plant's choice was to be faster than the defaults, and is slower or not feasible: it does not predict.
+
+    Judged by trials that differ from the defaults in settings of the controller only, since it knows no others.
+    """
+    first = next((row for row in study.of_stages(SAMPLED) if row.label == DEFAULT and row.status in DONE), None)
+    if first is None:
+        return False
+    speed = first.figures.get("samples_per_second")
+    promised = [
+        row
+        for row in study.of_stages(SAMPLED)
+        if row.label == FROM_PLANT and row.status not in ("running", "stopped") and comparable(study, row, first)
+        and row.predicted and first.predicted and row.predicted >= PROMISED * first.predicted
+    ]  # fmt: skip
+    return bool(speed and promised) and not any(
+        (row.figures.get("samples_per_second") or 0.0) > (speed or 0.0) and (row.feasible or not first.feasible)
+        for row in promised
+    )
+
+
+def comparable(study: StudyRecord, one: TrialRecord, other: TrialRecord) -> bool:
+    """Two trials have the same values for all settings that the plant knows nothing of."""
+    return all(one.config.get(name) == other.config.get(name) for name in study.searched if name not in CONTROLLED)
 
 
 def best_on_plant(
@@ -68,8 +102,8 @@ def _one_changed(space: Space, default: Mapping[str, Any]) -> Iterator[dict[str,
         for name, parameter in space.search.items()
         if name not in CONTROLLED and parameter.values and name in default and not parameter.when
     }
+    yield {name: value for name, value in default.items() if name not in CONTROLLED}  # ranges too: see `misled`
     same = {name: default[name] for name in others}
-    yield same
     for name, values in others.items():
         for value in values:
             if value != default[name]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_tune.columns import FIGURES, STATUSES
 from acmds_tune.plant import agreement
+from acmds_tune.prescreen import comparable, misled
 from acmds_tune.records import DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
 from acmds_tune.report_figures import number
 
@@ -106,17 +108,31 @@ def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
 
 
 def plant_words(study: StudyRecord) -> str:
-    """How well the plant predicted what was then measured."""
-    rows = [trial for trial in study.trials if trial.predicted and trial.status in DONE]
-    pairs = [(trial.predicted, speed) for trial in rows if (speed := trial.figures.get("samples_per_second"))]
-    found = agreement([float(one or 0.0) for one, _ in pairs], [other for _, other in pairs])
-    if found is None:
-        return ""
-    return (
-        f"<p class=note>The plant, fitted from short runs, predicted the throughput of {len(pairs)} trials with a rank "
-        f"correlation of {found[0]:.2f} and a median error of {100 * found[1]:.1f} %, once scaled to the trials. It "
-        "knows nothing of settings that are not the memory controller's.</p>"
-    )
+    """How well the plant predicted what was then measured, and whether to believe it."""
+    rows = [row for row in study.trials if row.predicted and row.status in DONE and row.figures["samples_per_second"]]
+    several: dict[str, list[TrialRecord]] = {}
+    for row in rows:  # repetitions of the same settings are one configuration
+        several.setdefault(str([row.predicted, *(row.config.get(name) for name in study.searched)]), []).append(row)
+    alike = {key: each for key, each in several.items() if comparable(study, each[0], rows[0])}
+    chosen = list((alike if len(alike) >= 3 else several).values())
+    predicted = [each[0].predicted or 0.0 for each in chosen]
+    measured = [statistics.fmean(row.figures["samples_per_second"] or 0.0 for row in each) for each in chosen]
+    found, words = agreement(predicted, measured), ""
+    if found is not None:
+        correlation, error = found
+        differ = "only" if len(alike) >= 3 else "also in others, of which it knows nothing, and"
+        words = f"The plant, fitted from short runs, predicted the throughput of {len(chosen)} configurations"
+        words += f" with a rank correlation of {correlation:.2f} and" if correlation is not None else " with"
+        words += (
+            f" a median error of {100 * error:.1f} %, once scaled. They differ {differ} in the controller's settings. "
+        )
+        if max(predicted) < 1.05 * min(predicted):
+            words += "Its predictions are within 5 % of each other, so their order says nothing. "
+        elif correlation is None or correlation < 0.5:
+            words += "<b>It predicted badly here:</b> what it put first is no better than a guess. "
+    if misled(study):
+        words += "The plant's first choice was no better than the defaults, so its other choices were passed over. "
+    return f"<p class=note>{words.strip()}</p>" if words else ""
 
 
 def anchor_drift(study: StudyRecord) -> str:

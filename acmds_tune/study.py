@@ -27,7 +27,7 @@ from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
 from acmds_tune.objective import Ended, read_outcome
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
-from acmds_tune.prescreen import best_on_plant
+from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
 from acmds_tune.records import DONE, StudyRecord, ranked
 from acmds_tune.report import is_row, load_study, record
 from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
@@ -296,11 +296,13 @@ class SearchStudy:
         while True:
             trial = self._sampled.ask()
             values = self._suggested(trial)
+            label = trial.user_attrs.get("label", "")
+            passed_over = label == FROM_PLANT and misled(self.record())
             allowed = self._allowed(values, derived_seed(self.space.seed, -2 - trial.number))
-            if allowed == values:
+            if allowed == values and not passed_over:
                 break
-            # in its place the nearest one that may be tried, of which the sampler then learns
-            self._study.enqueue_trial(allowed, user_attrs={"label": trial.user_attrs.get("label", "")})
+            if not passed_over:  # in its place the nearest one that may be tried, of which the sampler then learns
+                self._study.enqueue_trial(allowed, user_attrs={"label": label})
             trial.set_user_attr("replaced", True)
             self._sampled.tell(trial, state=TrialState.PRUNED)
         return self._begin(trial, values, {}, Extra(stage, trial.user_attrs.get("label", ""), values))
@@ -441,7 +443,7 @@ class SearchStudy:
             logger.warning("there is no plant, so nothing is tried on it first: see trials/%04d", number)
             return
         for values in best_on_plant(self._plant, self.space, self._default, self._requirements):
-            self._study.enqueue_trial(values, user_attrs={"label": "plant"})
+            self._study.enqueue_trial(values, user_attrs={"label": FROM_PLANT})
 
     def _end_violation(self, number: int, status: str) -> float:
         if status in ("ok", "infeasible"):

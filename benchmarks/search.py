@@ -31,7 +31,7 @@ import optuna
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.objective import Ended
-from acmds_tune.plant import PLANT_FILE, TIMED_STEPS, WARM_STEPS, Plant, fit, simulate, sizes_to_measure
+from acmds_tune.plant import PLANT_FILE, TIMED_STEPS, WARM_STEPS, Plant, fit, runs_to_measure, simulate
 from acmds_tune.requires import draw
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
@@ -119,17 +119,17 @@ def true_speed(settings: Mapping[str, Any]) -> float | None:
 def short_runs(settings: Mapping[str, Any], seed: int) -> Plant:
     """What acmds_tune.plant.measure would find."""
     rng, truth = random.Random(seed), true_plant(settings)
-    runs = {}
-    for size in sizes_to_measure(settings["min_batch_size"], settings["max_batch_size"]):
+    runs: dict[int, list[dict[str, float]]] = {}
+    for size, count in runs_to_measure(settings["min_batch_size"], settings["max_batch_size"], 512):
         if truth.peak_gb(size) > truth.budget_gb:
             break
         rows = []
         for _ in range(WARM_STEPS + TIMED_STEPS):
             peak = truth.peak_gb(size) * (1 + truth.noise * rng.gauss(0, 1))
-            took = truth.micro_seconds(size) * 2 * (1 + truth.time_noise * rng.gauss(0, 1)) + truth.step_seconds
-            row = {"peak_allocated_gb": peak, "reserved_gb": peak, "seconds": took, "micro_batches": 2.0}
+            took = truth.micro_seconds(size) * count * (1 + truth.time_noise * rng.gauss(0, 1)) + truth.step_seconds
+            row = {"peak_allocated_gb": peak, "reserved_gb": peak, "seconds": took, "micro_batches": float(count)}
             rows.append({**row, "budget_gb": truth.budget_gb})
-        runs[size] = rows
+        runs[size] = [*runs[size], *rows[WARM_STEPS:]] if size in runs else rows
     return fit(runs)
 
 

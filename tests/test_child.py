@@ -16,7 +16,7 @@ import pytest
 
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_tune import child, host_memory, nvml
-from acmds_tune.child import Task, TrialProcess
+from acmds_tune.child import Task, TrialProcess, _preloaded
 from acmds_tune.neighbour import Script, serve_alone
 from acmds_tune.objective import Ended, read_outcome
 
@@ -258,3 +258,11 @@ def test_a_neighbour_process_holds_what_it_is_told_and_ends_with_its_trial() -> 
     ours.close()
     process.join(SOON_S)
     assert process.exitcode == 0
+
+
+def test_the_fork_server_imports_the_trainer_also_where_the_first_trial_is_the_plants_short_runs() -> None:
+    def task(objective: str) -> Task:
+        return Task(0, 0, {"dataset": "digits"}, "", objective)
+
+    assert {"torch", "sklearn.datasets"} < set(_preloaded(task("acmds_tune.plant:measure")))
+    assert _preloaded(task("mine:objective")) == ["acmds_tune.child"]

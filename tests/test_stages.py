@@ -24,6 +24,7 @@ from acmds_tune.plant import (
     fit,
     measure,
     read_plant,
+    runs_to_measure,
     simulate,
     sizes_to_measure,
 )
@@ -37,6 +38,7 @@ from acmds_tune.records import (
     ranked,
 )
 from acmds_tune.report import load_study
+from acmds_tune.report_text import plant_words
 from acmds_tune.requires import draw, nearest_allowed, parse_requirement
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
@@ -378,8 +380,22 @@ def test_a_plant_is_fitted_from_the_steps_of_runs_with_a_held_batch() -> None:
     assert plant.peak_gb(32) == 6.0
     assert plant.micro_seconds(12) == pytest.approx(0.0175)
     assert plant.micro_seconds(1) == 0.015
+    assert plant.step_seconds == 0.0
     with pytest.raises(ValueError, match="no run has enough steps"):
         fit({8: rows_of(8, 3.0, 0.03, count=3)})
+
+
+def test_the_time_of_the_optimizers_step_is_told_from_that_of_the_micro_batches() -> None:
+    one, four = rows_of(8, 2.5, 0.020, 1), rows_of(8, 3.0, 0.050, 4)  # 0.010 for the step and for each micro-batch
+    plant = fit({8: [*one, *four], 16: rows_of(16, 4.0, 0.090, 4)})
+    assert (plant.peaks_gb, plant.noise) == ((3.0, 4.0), 0.0)
+    assert plant.step_seconds == pytest.approx(0.010)
+    assert plant.seconds == pytest.approx((0.010, 0.020))
+
+
+def test_short_runs_have_steps_of_whole_micro_batches_and_the_smallest_one_alone() -> None:
+    assert runs_to_measure(4, 128, 128) == [(4, 1), (4, 4), (13, 4), (40, 3), (128, 1)]
+    assert runs_to_measure(64, 64, 64) == [(64, 1)]
 
 
 def test_the_micro_batches_that_are_measured_are_evenly_spaced() -> None:
@@ -438,6 +454,29 @@ def test_a_study_tries_the_plants_best_after_the_defaults_and_predicts_every_tri
     assert SearchStudy.resume(study.directory, study.space)._plant == PLANT
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_what_the_plant_put_first_is_passed_over_once_its_first_choice_is_no_better_than_the_defaults(
+    run: Callable[..., Any], tmp_path: Path, right: bool
+) -> None:
+    seconds = (0.10, 0.11, 0.12, 0.13)
+    larger_is_faster = Plant((16, 64, 128, 256), (1.0, 2.0, 3.0, 4.0), seconds, 0.0, 0.5, 0.0, 0.0, 12.0)
+
+    def end(proposal: Proposal) -> Ended:
+        if proposal.stage == "plant":
+            folder = tmp_path / "s" / "trials" / f"{proposal.number:04d}"
+            folder.mkdir(parents=True)
+            (folder / PLANT_FILE).write_text(json.dumps(asdict(larger_is_faster)), encoding="utf-8")
+        speed = float(proposal.settings["max_batch_size"])
+        return Ended("ok", "", figures() | {"samples_per_second": speed if right else 300.0 - speed}, 1.0)
+
+    text = TEXT.replace("trials: 4", "trials: 6") + "prescreen: {keep: 3, settings: 40}\n"
+    study, started = run(text.replace("digits", "digits, effective_batch_size: 256"), end)
+    others = ["plant", "plant", "plant", "", ""] if right else ["plant", "", "", "", ""]
+    assert [each.label for each in started[1:]] == ["default", *others]
+    words = plant_words(load_study(study.directory))
+    assert ("passed over" in words, "predicted badly" in words) == (not right, not right)
+
+
 def test_without_a_plant_the_search_goes_on(run: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     _, started = run(TEXT + "prescreen: {keep: 2}\n", speed_of_lr)
     assert [each.stage for each in started] == ["plant"] + ["search"] * 4
@@ -454,6 +493,7 @@ def test_short_runs_measure_a_plant_that_can_be_read_back(tmp_path: Path) -> Non
     plant = read_plant(tmp_path / PLANT_FILE)
     assert plant is not None
     assert plant.sizes == (16, 64)  # 256 are more than the card holds
+    assert 0 <= plant.step_seconds < plant.seconds[-1]
     assert list(plant.peaks_gb) == sorted(plant.peaks_gb)
     assert figures_["samples_per_second"] > 0
 
@@ -462,7 +502,7 @@ def test_agreement_is_the_rank_correlation_and_the_error_after_scaling() -> None
     assert agreement([1.0, 2.0, 4.0], [10.0, 20.0, 40.0])[1] == 0.0  # type: ignore[index]
     assert agreement([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])[0] == pytest.approx(-1.0)  # type: ignore[index]
     assert agreement([1.0, 2.0], [1.0, 2.0]) is None
-    assert agreement([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    assert agreement([1.0, 1.0, 1.0], [1.0, 2.0, 4.0]) == (None, 0.5)
 
 
 def test_halving_counts_the_attempts_that_failed(tmp_path: Path) -> None:
