@@ -261,6 +261,8 @@ def _conclude(result: SearchResult, directory: Path) -> int:
         shown = ("samples_per_second", "val_loss", "val_accuracy", "headroom_min_gb", "batch_size_mean")
         text = ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures)
         print(f"best: trial {result.best.number}: {text}", file=sys.stderr)
+        if result.confirmed:
+            print(f"  confirmed: {result.confirmed}", file=sys.stderr)
         for label, ratio in result.compared.items():
             print(f"  {ratio:.3f} times {label}", file=sys.stderr)
     print(f"report: {directory / 'report.html'}", file=sys.stderr)

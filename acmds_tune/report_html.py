@@ -46,7 +46,7 @@ def page(
     body = "\n".join(
         [
             words.head(study, environment),
-            words.tiles(best, baseline) if best else f'<p class="alert">{text(why_no_best(study))}</p>',
+            words.tiles(study, best, baseline) if best else f'<p class="alert">{text(why_no_best(study))}</p>',
             words.best_settings(study, best, study_dir.resolve().name) if best else "",
             words.confirmation(study, best),
             comparisons(

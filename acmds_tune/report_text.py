@@ -15,6 +15,7 @@ from acmds_tune.plant import agreement
 from acmds_tune.prescreen import comparable, misled
 from acmds_tune.records import DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
 from acmds_tune.report_figures import number
+from acmds_tune.stages import DEFAULT
 
 MOST_ROWS = 500
 """Rows of the table of all trials; trials.csv has the rest."""
@@ -100,7 +101,9 @@ def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
     if not rows and not drift:
         return ""
     heads = (
-        f"<thead><tr><th>what<th>runs<th>mean {text(objective.name)}<th>standard deviation<th>of the best<th>feasible"
+        f"<thead><tr><th>what<th class=n>runs<th class=n>mean "
+        f"{text(objective.name).replace('_', '_<wbr>')}<th class=n>standard deviation<th class=n>of the best"
+        "<th class=n>feasible"
     )
     what = "Runs with the same seeds, none of which chose the best." if again else "One run each; not confirmed."
     table = f"<table class=trials>{heads}</thead><tbody>{''.join(rows)}</tbody></table>" if rows else ""
@@ -168,12 +171,24 @@ def default_trial(study: StudyRecord) -> TrialRecord | None:
     return None
 
 
-def tiles(best: TrialRecord, baseline: TrialRecord | None) -> str:
-    """The best trial in a few numbers; `baseline` is the trial with the default settings."""
+def tiles(study: StudyRecord, best: TrialRecord, baseline: TrialRecord | None) -> str:
+    """The best trial in a few numbers; `baseline` is the trial with the default settings.
+
+    Where the best was run again on other seeds, its throughput is the mean of these runs: the run that chose it
+    was lucky as well. The same holds for the defaults, if they were run on these seeds too.
+    """
     speed = best.figures.get("samples_per_second")
     base = baseline.figures.get("samples_per_second") if baseline else None
-    cells = [(figure(best, "samples_per_second"), "samples/s", f"best: trial {best.number}")]
-    if baseline and baseline is not best and speed and base:
+    cells = [(figure(best, "samples_per_second"), "samples/s", f"best: trial {best.number}, one run")]
+    again = _mean_speed(study, f"trial {best.number}")
+    default_again = _mean_speed(study, DEFAULT)
+    if again:
+        runs, mean, deviation = again
+        cells = [(number(mean), "samples/s", f"best: trial {best.number}, ± {number(deviation)}, {runs} runs")]
+    if again and default_again:
+        what = f"{DEFAULT}: {number(default_again[1])}, {default_again[0]} runs"
+        cells.append((f"{again[1] / default_again[1]:.2f}×", "the default settings", what))
+    elif baseline and baseline is not best and speed and base:
         ooms = "" if baseline.feasible else f", {figure(baseline, 'oom_events')} OOM events"
         cells.append((f"{speed / base:.2f}×", "the default settings", f"trial {baseline.number}: {number(base)}{ooms}"))
     cells.append((figure(best, "oom_events"), "OOM events", f"in {figure(best, 'steps')} steps"))
@@ -187,6 +202,15 @@ def tiles(best: TrialRecord, baseline: TrialRecord | None) -> str:
         cells.append((f"{100 * accuracy:.1f} %", "validation accuracy", f"loss {figure(best, 'val_loss')}"))
     items = (f'<div class="tile"><b>{text(a)}</b>{text(b)}<span>{text(c)}</span></div>' for a, b, c in cells)
     return f'<div class="tiles">{"".join(items)}</div>'
+
+
+def _mean_speed(study: StudyRecord, label: str) -> tuple[int, float, float] | None:
+    """(runs, mean, standard deviation) of the confirmation's throughput; None where there is none."""
+    found = confirmations(study).get(label)
+    speeds = [speed for trial in found.trials if (speed := trial.figures.get("samples_per_second"))] if found else []
+    if len(speeds) < 2:
+        return None
+    return len(speeds), statistics.fmean(speeds), statistics.stdev(speeds)
 
 
 def best_settings(study: StudyRecord, best: TrialRecord, folder: str) -> str:
@@ -228,9 +252,11 @@ def settings_table(names: Iterable[str], config: Mapping[str, Any], defaults: Ma
 
 
 def gigabytes(trial: TrialRecord, name: str) -> str:
-    """A figure in GB, short."""
+    """A figure in GB, short; in MB where it is a small part of one, as on a card on the CPU."""
     value = trial.figures.get(name)
-    return number(value) if value is None else f"{value:.3g} GB"
+    if value is None:
+        return number(value)
+    return f"{value:.3g} GB" if not 0 < value < 0.1 else f"{1024 * value:.3g} MB"
 
 
 def setting(value: Any) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from acmds_optimizer.console import console
+from acmds_tune.commands import summary
 from acmds_tune.driver import INTERRUPTED, Driver
 from acmds_tune.journal import make_room
 from acmds_tune.objective import DEFAULT_OBJECTIVE
 from acmds_tune.progress import Display
-from acmds_tune.records import TrialRecord, against_baselines
+from acmds_tune.records import TrialRecord, against_baselines, confirmations
 from acmds_tune.report import write_all, write_data
 from acmds_tune.space import Space
 from acmds_tune.stages import planned
@@ -45,6 +46,9 @@ class SearchResult:
 
     compared: Mapping[str, float] = field(default_factory=dict)
     """The confirmed best's first objective as a multiple of that of each baseline."""
+
+    confirmed: str = ""
+    """The objectives of the best, means and deviations, where it was run again on other seeds."""
 
     @property
     def interrupted(self) -> bool:
@@ -132,7 +136,10 @@ def run_search(
                 shutil.rmtree(directory / CACHE, ignore_errors=True)
             # while Ray still runs: nothing that goes wrong in its shutdown can cost the report
             best = write_all(directory)
-            return SearchResult(directory, best, driver.ending, study.missing, against_baselines(study.record()))
+            record = study.record()
+            confirmed = summary(record, best) if best and f"trial {best.number}" in confirmations(record) else ""
+            compared = against_baselines(record)
+            return SearchResult(directory, best, driver.ending, study.missing, compared, confirmed)
     except BaseException as error:
         if study is not None:
             with _uninterruptible():

@@ -38,7 +38,7 @@ from acmds_tune.records import (
     ranked,
 )
 from acmds_tune.report import load_study
-from acmds_tune.report_text import plant_words
+from acmds_tune.report_text import plant_words, tiles
 from acmds_tune.requires import draw, nearest_allowed, parse_requirement
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
@@ -562,3 +562,18 @@ def test_a_sampler_whose_package_is_missing_is_refused_before_there_is_a_study(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install cmaes"):
         run(TEXT + "sampler: cmaes\n", speed_of_lr)
+
+
+def test_the_page_shows_the_best_by_the_mean_of_its_confirmation_and_not_by_the_run_that_chose_it() -> None:
+    def ran(number: int, speed: float, stage: str, label: str) -> TrialRecord:
+        return replace(trial(number, speed, stage, label), figures={"samples_per_second": speed})
+
+    chosen, first = ran(0, 200.0, "search", ""), ran(1, 100.0, "search", "default")
+    alone = tiles(study_of(chosen, first), chosen, first)
+    assert "<b>200</b>samples/s<span>best: trial 0, one run</span>" in alone
+    assert "<b>2.00×</b>" in alone
+    speeds = [("trial 0", 120.0), ("default", 100.0), ("trial 0", 130.0), ("default", 100.0)]
+    again = [ran(2 + place, speed, "confirm", label) for place, (label, speed) in enumerate(speeds)]
+    shown = tiles(study_of(chosen, first, *again), chosen, first)
+    assert "<b>125</b>samples/s<span>best: trial 0, ± 7.071, 2 runs</span>" in shown
+    assert "<b>1.25×</b>the default settings<span>default: 100, 2 runs</span>" in shown
