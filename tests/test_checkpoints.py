@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from acmds_optimizer import TrainConfig, cli, run_training
+from acmds_optimizer import CurriculumConfig, MemoryPressureController, TrainConfig, cli, run_training
 from acmds_optimizer.engine import checkpoint
 from acmds_optimizer.engine.evaluate import Best
 from acmds_optimizer.engine.run import make_model
@@ -204,6 +204,22 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_nothing_is_writt
         assert "Traceback" not in error
         assert "weights_only" not in error  # PyTorch's advice, to trust the file, is not ours
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["step", "reserved_ratio", "highest_allocated", "law", "peaks", "times"])
+def test_a_controllers_state_that_is_damaged_is_refused_and_changes_nothing(name):
+    controller = MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=1.0, target_headroom_gb=0.1))
+    controller.observe(controller.decide().batch, peak_bytes=2**20)
+    state = controller.state_dict()
+    before, damaged = (controller.step, controller.state), state | {name: "text"}
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        controller.load_state_dict(damaged)
+    if name == "law":
+        with pytest.raises(ValueError, match="could not convert"):
+            controller.load_state_dict(state | {"law": state["law"] | {"target": "text"}})
+    assert (controller.step, controller.state) == before
+    controller.load_state_dict(state)
+    assert controller.state_dict() == state
 
 
 def test_what_a_killed_save_left_behind_is_removed(tmp_path):

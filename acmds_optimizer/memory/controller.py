@@ -329,9 +329,13 @@ class MemoryPressureController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.step = state["step"]
-        self._reserved_ratio = state["reserved_ratio"]
-        self._highest_allocated = state["highest_allocated"]
+        """Continue from `state_dict()`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is not one; nothing has been changed.
+        """
+        step, ratio, highest = int(state["step"]), float(state["reserved_ratio"]), int(state["highest_allocated"])
         times = TimeModel(tuple((int(size), tuple(values)) for size, values in state["times"]))
-        self.state = law.State(**state["law"], peaks=PeakModel.from_state_dict(state["peaks"]), times=times)
+        scalars = {name: type(getattr(law.State(), name))(value) for name, value in state["law"].items()}
+        self.state = law.State(**scalars, peaks=PeakModel.from_state_dict(state["peaks"]), times=times)
+        self.step, self._reserved_ratio, self._highest_allocated = step, ratio, highest
