@@ -175,7 +175,8 @@ class TrainConfig(CurriculumConfig):
     """`backbone` (all but the last layer), or comma-separated beginnings of parameter names: what is not trained."""
 
     dataset: str = "cifar10"
-    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, `hf:NAME`, or `package.module:callable`."""
+    """`digits`, `cifar10`, `cifar100`, `imagenet`, a folder of images, `torchvision:NAME`, `hf:NAME`, or
+    `package.module:callable`."""
 
     data_dir: str = "data"
     """Where downloaded data sets are kept, and where `imagenet` looks for train/ and val/."""

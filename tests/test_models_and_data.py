@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import types
@@ -218,6 +219,61 @@ def test_without_the_package_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'acmds\[hub\]'"):
         build_data(TrainConfig(dataset="hf:someone/pets"))
+
+
+@pytest.fixture
+def fashion(tmp_path) -> Path:
+    """FashionMNIST's four files with 20 and 10 images, so that nothing is downloaded."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 20), ("t10k", 10)):
+        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28)
+        sizes = [number.to_bytes(4, "big") for number in (0x0803, count, 28, 28)]
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"".join(sizes) + pixels.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        head = (0x0801).to_bytes(4, "big") + count.to_bytes(4, "big")
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+    return tmp_path
+
+
+def test_a_data_set_of_torchvision_is_had_by_its_class_name(fashion):
+    bundle = build_data(TrainConfig(dataset="torchvision:FashionMNIST", data_dir=str(fashion)))
+    assert [len(part) for part in (bundle.train, bundle.val)] == [20, 10]  # type: ignore[arg-type]
+    assert (bundle.num_classes, bundle.image_shape, bundle.flip) == (10, (1, 28, 28), True)
+    assert bundle.class_names is not None
+    assert bundle.class_names[0] == "T-shirt/top"
+    (fashion / "FashionMNIST").rename(fashion / "MNIST")
+    assert not build_data(TrainConfig(dataset="torchvision:MNIST", data_dir=str(fashion))).flip  # a mirrored 2 is no 2
+
+
+def test_a_data_set_of_torchvision_with_splits_trains_and_is_validated(tmp_path, capsys):
+    home = tmp_path / "food-101"
+    for part, numbers in (("train", range(6)), ("test", range(6, 8))):
+        listed = {name: [f"{name}/{number}" for number in numbers] for name in ("pizza", "soup")}
+        (home / "meta").mkdir(parents=True, exist_ok=True)
+        (home / "meta" / f"{part}.json").write_text(json.dumps(listed))
+        for path in (path for paths in listed.values() for path in paths):
+            (home / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (24, 16), (90, 9, 9)).save(home / "images" / f"{path}.jpg")
+    settings: list[str] = ["--dataset", "torchvision:Food101", "--data-dir", str(tmp_path), "--device", "cpu"]
+    more = ["--model", "small_cnn", "--image-size", "16", "--epochs", "1", "--num-workers", "0", "--quiet"]
+    assert cli.main([*settings, *more, "--output-dir", str(tmp_path / "run")]) == 0
+    assert "samples: 12" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["data"]["class_names"] == ["pizza", "soup"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("FashionMINST", r"no data set of this name .*did you mean 'FashionMNIST'"), ("Caltech101", "with training and"),
+     ("FashionMNIST", r"cannot be had in .*no network.*Check the network")],
+)  # fmt: skip
+def test_a_data_set_that_torchvision_does_not_have_is_refused_in_words(name, message, tmp_path, monkeypatch):
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("(no network)")
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", offline)
+    with pytest.raises(DataError, match=message):
+        build_data(TrainConfig(dataset=f"torchvision:{name}", data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

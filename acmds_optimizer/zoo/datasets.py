@@ -20,6 +20,7 @@ from acmds_optimizer.zoo.folders import VALIDATION_NAMES, read_folder, stratifie
 from acmds_optimizer.zoo.hub import load_hub
 from acmds_optimizer.zoo.imports import load_callable
 from acmds_optimizer.zoo.items import TensorImages, known_targets, length, probe
+from acmds_optimizer.zoo.torchvision_sets import NOT_MIRRORED, load_torchvision
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def build_data(config: TrainConfig) -> DataBundle:
         bundle = NAMED[name](config)
     elif name.startswith("hf:"):
         bundle = _hub(config)
+    elif name.startswith("torchvision:"):
+        bundle = _torchvision(config)
     elif ":" in name and not Path(name).exists():
         bundle = _foreign(config)
     elif Path(name).exists() or "/" in name:
@@ -86,7 +89,7 @@ def build_data(config: TrainConfig) -> DataBundle:
     else:
         raise DataError(
             f"no data set and no folder named {name!r}{nearest(name, list(NAMED))}. Known are {', '.join(NAMED)}, "
-            f"the path of a folder of images, hf:NAME, and package.module:callable"
+            f"the path of a folder of images, torchvision:NAME, hf:NAME, and package.module:callable"
         )
     bundle.num_classes = _class_count(bundle, config.num_classes)
     channels = bundle.image_shape[0]
@@ -188,6 +191,14 @@ def _foreign(config: TrainConfig) -> DataBundle:
         raise DataError(f"dataset {name!r}: must return (train, val), but returned a {type(pair).__name__}")
     train, val = pair
     return _bundle_of(name, train, val, config)
+
+
+def _torchvision(config: TrainConfig) -> DataBundle:
+    """A data set of torchvision; without validation images of its own, nothing is held out."""
+    name = config.dataset.removeprefix("torchvision:")
+    bundle = _bundle_of(config.dataset, *load_torchvision(name, config.data_dir), config)
+    bundle.flip = bundle.flip and name not in NOT_MIRRORED
+    return bundle
 
 
 def _hub(config: TrainConfig) -> DataBundle:

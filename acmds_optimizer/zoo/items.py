@@ -187,7 +187,7 @@ def known_targets(dataset: Dataset[Any]) -> np.ndarray | None:
         return None
     if isinstance(dataset, TensorDataset):
         return _class_numbers(dataset.tensors[1], len(dataset)) if len(dataset.tensors) == 2 else None
-    for name in ("targets", "labels"):
+    for name in ("targets", "labels", "_labels"):  # the last is what several of torchvision have
         if hasattr(dataset, name):
             return _class_numbers(getattr(dataset, name), len(dataset))  # type: ignore[arg-type]
     return None
