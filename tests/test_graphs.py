@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import pytest
 import torch
@@ -116,3 +117,25 @@ def test_a_parameter_that_is_used_only_after_a_capture_turns_graphs_off_with_its
     assert step.graphs is not None
     assert step.graphs.off_reason
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("captured", "decided", "micro_batch", "odd", "kept"),
+    [
+        (300, 512, 300, True, True),  # all samples there are, or all of this process: never more than 300 at once
+        (300, 512, 512, False, False),  # 512 is about to be warmed up, and asks for the pool's memory
+        (512, 512, 300, True, True),
+        (512, 256, 256, False, True),
+    ],
+)
+def test_graphs_are_dropped_for_a_larger_size_that_is_to_run_not_for_one_that_was_only_decided(
+    captured, decided, micro_batch, odd, kept
+):
+    _, step = step_of(True)
+    assert step.graphs is not None
+    controller = step.guard.controller
+    controller.observe(512, peak_bytes=2**20)
+    step.graphs._graphs = {captured: cast(Any, None)}
+    decision = dataclasses.replace(controller.decide(), batch=decided, reason="hold")
+    assert step.graphs.make_room(decision, micro_batch, 1.0, odd=odd) == micro_batch
+    assert bool(step.graphs._graphs) == kept

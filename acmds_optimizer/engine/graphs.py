@@ -228,15 +228,15 @@ class GraphedMicroBatches:
 
         Args:
             decision: for the coming step.
-            micro_batch: what the step would run with.
+            micro_batch: what the step would run with; less than was decided where there are fewer samples.
             sample_work: size of its largest sample relative to the usual one.
             odd: whether it is the last of an epoch and of another size than the others, so that nothing is captured.
         """
         if decision.reason in ("shrink", "budget", "below_min"):
             self.drop_above(decision.batch)
-        elif self.largest < decision.batch:
+        elif self.largest < micro_batch:
             self.drop_above(0)
-        if not odd or not self._graphs:
+        if not odd or not self._graphs or micro_batch in self._graphs:
             return micro_batch
         peaks = self._step.guard.controller.state.peaks
         room = peaks.work_within(decision.target_bytes - self.pool_bytes) / sample_work
