@@ -151,7 +151,7 @@ class Driver:
         if not interrupted:
             self._durations.append(time.monotonic() - running.started)
             self._give_up_if_all_fail(status, ended.reason)
-        self._display.ended(number, status, ended)
+        self._display.ended(number, status, replace(ended, reason=self.study.reason(number)))
         write_data(self.study.directory)
 
     def abandon(self) -> None:

@@ -112,7 +112,7 @@ class Display:
             f"{row.seconds or 0:.1f} s",
             settings,
         ]
-        if row.status not in ("ok", "infeasible"):
+        if row.status != "ok":
             parts.append(f"({row.reason})")
         return "  ".join(parts)
 

@@ -424,6 +424,10 @@ class SearchStudy:
         self._sampled.tell(trial, self._values(figures))
         return status
 
+    def reason(self, number: int) -> str:
+        """Why a trial that has ended is what it is: which constraint it broke, say."""
+        return str(self._study.get_trials(deepcopy=False)[number].user_attrs["reason"])
+
     def _stage(self, number: int) -> str:
         return str(self._running[number].user_attrs.get("stage", "search"))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from acmds_optimizer.errors import ConfigError
 from acmds_tune import nvml
@@ -206,6 +207,20 @@ def test_a_search_whose_trials_are_all_run_did_not_end_for_want_of_time(
     driver.ended(task.number, Ended("ok", "finished", figures(), 59.0))
     study.close()
     assert (driver.done, driver.ending) == (True, "")
+
+
+def test_the_line_of_an_infeasible_trial_says_which_constraint_it_broke(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(TEXT + "constraints: [oom_events <= 0]\n", encoding="utf-8")
+    space = load(tmp_path / "s.yaml")
+    study = SearchStudy.create(tmp_path / "s", space, TEXT, {})
+    driver = Driver(study, space, objective="", sharers=1, display=Display("s", 6, [], console=Console(stderr=True)))
+    task = driver.next_task()
+    assert task is not None
+    driver.ended(task.number, Ended("ok", "finished", figures(oom_events=3), 1.0))
+    study.close()
+    assert capsys.readouterr().err.rstrip().endswith("(broke oom_events <= 0 (3))")
 
 
 def test_the_minutes_of_a_search_leave_time_for_its_confirmation(
