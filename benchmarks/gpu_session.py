@@ -1,6 +1,6 @@
 """All measurements that need a GPU, one after the other, within a number of seconds.
 
-    python -m benchmarks.gpu_session OUT 3000 --data cifar10            # everything; 50 minutes
+    python -m benchmarks.gpu_session OUT 3900 --data cifar10            # everything; 65 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
     CUDA_VISIBLE_DEVICES=1 python -m benchmarks.gpu_session OUT 560 --data cifar10 --parts curriculum_15 &
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands

@@ -402,11 +402,12 @@ def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
 
     def refuse(**_: Any) -> None:
-        raise wandb.errors.UsageError("No API key configured")
+        raise wandb.errors.UsageError("No API key configured.")
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match="No API key configured: log in with `wandb login`, keep the run here"):
         run_training(TrainConfig(**DIGITS, max_steps=1, wandb=True), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_logger_says_what_to_install(tmp_path, monkeypatch):

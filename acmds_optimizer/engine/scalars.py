@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,11 +62,14 @@ class WandbLog:
         run_id = known.read_text(encoding="utf-8").strip() if known.exists() else None
         try:
             self._run = wandb.init(
-                project="acmds", dir=str(folder), name=folder.name, config=to_dict(config), id=run_id, resume="allow"
-            )
+                project="acmds", dir=str(folder), name=folder.name, config=to_dict(config), id=run_id,
+                resume="allow" if run_id else None,
+            )  # fmt: skip
         except wandb.Error as error:
+            with suppress(OSError):
+                folder.rmdir()  # where it is new, nothing is left behind
             advice = "log in with `wandb login`, keep the run here with WANDB_MODE=offline, or leave --wandb out"
-            raise ConfigError("logging", [f"wandb cannot start: {error}: {advice}"]) from None
+            raise ConfigError("logging", [f"wandb cannot start: {str(error).rstrip('.')}: {advice}"]) from None
         known.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
