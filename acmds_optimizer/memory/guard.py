@@ -59,10 +59,15 @@ def shortage_bytes(message: str) -> int:
         return 0
     size = float(asked[1]) * _UNITS[asked[2]]
     free = re.search(r"of which ([\d.]+) (bytes|[KMGT]iB) is free", message)
+    room = float(free[1]) * _UNITS[free[2]] if free else 0.0
+    # under a cap the card may have plenty free: "23.20 GiB allowed; Of the allocated memory 23.03 GiB is allocated"
+    cap = re.search(r"([\d.]+) (bytes|[KMGT]iB) allowed; .*?memory ([\d.]+) (bytes|[KMGT]iB) is allocated", message)
+    if cap:
+        room = min(room, float(cap[1]) * _UNITS[cap[2]] - float(cap[3]) * _UNITS[cap[4]])
     held = re.search(r"budget of ([\d.]+) MiB of which ([\d.]+) MiB are allocated", message)
     if held:
-        return max(0, int(size - (float(held[1]) - float(held[2])) * 2**20))
-    return max(0, int(size - (float(free[1]) * _UNITS[free[2]] if free else 0)))
+        room = (float(held[1]) - float(held[2])) * 2**20
+    return max(0, int(size - room))
 
 
 class Stateful(Protocol):
