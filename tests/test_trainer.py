@@ -27,6 +27,7 @@ from acmds_optimizer import (
     TrainConfig,
     run_training,
 )
+from acmds_optimizer.engine import prepare
 from acmds_optimizer.engine.step import parts
 from acmds_optimizer.engine.telemetry import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
@@ -287,6 +288,21 @@ def test_a_model_without_blocks_trains_without_checkpointing_and_says_so(caplog)
 
     assert not checkpoint_activations(nn.Linear(2, 2))
     assert "no sequence of blocks" in caplog.text
+
+
+@pytest.mark.parametrize("batch", [1, 33])  # 100 samples: one at a time, and 33 with one left over
+def test_a_lone_sample_that_batchnorm_cannot_normalise_takes_the_running_statistics(batch, caplog):
+    prepare._warn_of_single_samples.cache_clear()
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    settings = CurriculumConfig(min_batch_size=1, max_batch_size=batch, target_headroom_gb=0.0001, enable_amp=False)
+    with ACMDSTrainer(model, data(), optimizer, settings, "cpu", memory=BudgetedCpuMemory(GIB)) as trainer:
+        losses = [trainer.train_epoch()["epoch_loss"] for _ in range(3)]
+    assert losses[-1] < losses[0]
+    assert model[1].training
+    assert bool(model[1].running_mean.any()) == (batch > 1)
+    assert caplog.text.count("BatchNorm cannot normalise it by itself") == 1
 
 
 # --- files

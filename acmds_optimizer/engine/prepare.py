@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -130,6 +131,28 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return run
+
+
+@contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm layers as in evaluation: for one sample whose maps are 1x1, which has no statistics of its own."""
+    _warn_of_single_samples()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+@cache
+def _warn_of_single_samples() -> None:
+    logger.warning(
+        "batch of one sample: BatchNorm cannot normalise it by itself, so its running statistics are used. Where that "
+        "happens in each step, make room for more samples (--gradient-checkpointing, a smaller --image-size)"
+    )
 
 
 @contextmanager

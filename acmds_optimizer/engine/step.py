@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
+from acmds_optimizer.engine.prepare import running_statistics
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.guard import Guard
 
@@ -100,7 +101,13 @@ class TrainStep:
         Returns:
             The unreduced, unsmoothed losses (B,), detached; with `keep_logits` (B, 1 + C): losses, then logits.
         """
-        logits = self.logits(inputs)
+        try:
+            logits = self.logits(inputs)
+        except ValueError as error:
+            if len(inputs) > 1 or "more than 1 value per channel" not in str(error):
+                raise
+            with running_statistics(self.model):
+                logits = self.logits(inputs)
         minimised, losses = self.loss(logits, targets, soft)
         weighted = (minimised * shares).sum()
         if self.guard.scaler is not None:
