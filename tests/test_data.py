@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms.v2 import functional
 
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
@@ -346,7 +347,33 @@ def test_a_broken_image_gives_its_place_to_the_next_where_asked_and_is_named_onc
         source.close()
 
 
-def test_a_process_that_dies_is_reported_as_such():
+@pytest.fixture
+def looks_often(monkeypatch):
+    """Whether workers live is looked at ten times a second; usually every five."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+
+
+def test_a_process_that_is_killed_is_reported_with_the_next_chunk_not_in_the_midst_of_a_step(looks_often):
+    before = signal.getsignal(signal.SIGCHLD)
+    source = WorkerSource(small_images(), spec_for(), CPU, augment=False, workers=2)
+    try:
+        stream = source.stream(np.arange(90).repeat(20), epoch=0)
+        stream.take(10)
+        assert signal.getsignal(signal.SIGCHLD) is before
+        assert source.reader._loader is not None
+        for worker in source.reader._loader._iterator._workers:  # type: ignore[union-attr]
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+        assert float(torch.ones(100).sum()) == 100  # the step goes on
+        with pytest.raises(DataError, match=r"a process that decodes images died .* lower num_workers"):
+            stream.take(1700)
+        with pytest.raises(DataError, match="a process that decodes images died"):
+            source.stream(np.arange(90), epoch=1).take(90)
+    finally:
+        source.close()
+
+
+def test_a_process_that_dies_is_reported_as_such(looks_often):
     class Deadly(Dataset):
         targets = (0, 1)
 

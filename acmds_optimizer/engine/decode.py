@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,18 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _iterate(loader: DataLoader[Chunk]) -> Iterator[Chunk]:
+    """Its chunks. A worker that dies is noticed when the next chunk is waited for, within 5 seconds.
+
+    PyTorch would raise at once, from a signal handler, in whatever the training is just doing.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    chunks: Iterator[Chunk] = iter(loader)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return chunks
+
+
 def resolve_workers(asked: int | None) -> int:
     """`asked`, or up to 8 and one fewer than there are cores; 0 where this process may not start others."""
     if asked is None:
@@ -217,9 +230,10 @@ class ChunkReader:
                 multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
             )
         self._requests.requests = requests
-        chunks = iter(self._loader)
+        chunks: Iterator[Chunk] | None = None
         while True:
             try:
+                chunks = chunks or _iterate(self._loader)
                 chunk = next(chunks)
             except StopIteration:
                 return
