@@ -115,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train_or_evaluate(argv: Sequence[str]) -> int:
     options = vars(build_parser().parse_args(argv))
     own = {name: options.pop(name) for name in ("config", "resume", "evaluate", "dry_run", "log_file", "quiet")}
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
+        if own["dry_run"] or own["evaluate"]:
+            raise ConfigError("torchrun", ["--evaluate and --dry-run are for one process; start acmds-train by itself"])
+        own["quiet"] |= os.environ.get("RANK") != "0"
     _set_up_logging(own["log_file"], quiet=own["quiet"])
     if own["dry_run"]:
         return _dry_run(own, options)
@@ -194,22 +198,25 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {"check": _check, "export": _
 
 
 def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's; each process would train, and write, the same run
-        raise ConfigError("torchrun", ["several processes are not supported; start acmds-train by itself"])
     resume = Path(own["resume"]) if own["resume"] else None
     config, output_dir = _resolve(own["config"], resume, flags)
     from acmds_optimizer.engine.checkpoint import NEWEST  # torch loads here, after --help and typos
+    from acmds_optimizer.engine.distributed import joined
     from acmds_optimizer.engine.run import run_training
 
     stop = _StopOnSignal()
-    with _Display(quiet=own["quiet"]) as display, stop:
+    with joined(config.device) as ranks, _Display(quiet=own["quiet"]) as display, stop:
+        output_dir = ranks.of_first(output_dir)  # its name may be the time of the start
         outcome = run_training(
             config,
             output_dir=output_dir,
             resume=resume,
-            on_progress=display.update,
+            on_progress=display.update if ranks.first else None,
             should_stop=lambda: stop.asked,
+            ranks=ranks,
         )
+    if not ranks.first:
+        return 130 if stop.asked and outcome.stopped_early else 0
     from acmds_optimizer.engine.telemetry import to_plain
 
     for name, value in to_plain(outcome).items():

@@ -63,3 +63,7 @@ class DivergedError(ACMDSError):
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return type(self), (self.step,)
+
+
+class RankFailedError(ACMDSError):
+    """Another of the processes that train together gave up, or is gone."""

@@ -13,7 +13,7 @@ from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.curriculum.dataset import DifficultyAwareDataset
 from acmds_optimizer.curriculum.difficulty import ScoreStore
 from acmds_optimizer.curriculum.pacing import PACING, admitted_share
-from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler, plan_epoch, shard
+from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler, plan_epoch
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 
@@ -169,17 +169,6 @@ def test_flagged_samples_ride_along_at_weight_0_and_the_others_keep_the_sum():
     assert plan.order.tolist() == np.random.default_rng((1, 3)).permutation(10).tolist()
     weights = dict(zip(plan.order.tolist(), plan.weights.tolist(), strict=True))
     assert weights == {index: 0.0 if index in (2, 7) else 1.25 for index in range(10)}
-
-
-@pytest.mark.parametrize("count", [12, 13, 3])
-def test_ranks_together_feed_each_sample_once_in_the_order_of_one_process(count):
-    plan = plan_epoch(np.zeros(count), 0, 1.0, CurriculumConfig())
-    parts = [shard(plan, rank, 4) for rank in range(4)]
-    assert {len(part.order) for part in parts} == {math.ceil(count / 4)}, "no rank waits for another"
-    counted = [int(part.order[step]) for step in range(len(parts[0].order)) for part in parts if part.weights[step] > 0]
-    assert counted == plan.order.tolist()
-    with pytest.raises(ValueError, match="rank 4 is not in a world of 4"):
-        shard(plan, 4, 4)
 
 
 # --- the batch sampler

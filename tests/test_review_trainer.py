@@ -177,7 +177,7 @@ def test_who_asks_to_stop_does_not_wait_for_a_validation(tmp_path, monkeypatch):
     from acmds_optimizer.engine.trainer import ACMDSTrainer
 
     monkeypatch.setattr(ACMDSTrainer, "evaluate", lambda self: pytest.fail("validated"))
-    asked = iter([False, False, False, *[True] * 20])  # after the second step
+    asked = iter([False, False, False, False, *[True] * 20])  # after the second step
     outcome = run_training(config(max_steps=None), output_dir=tmp_path, should_stop=lambda: next(asked))
     assert (outcome.steps, outcome.stopped_early) == (2, True)
     assert checkpoint.load(tmp_path)["trainer"]["step"] == 2

@@ -84,29 +84,6 @@ def _paced(difficulty: NDArray[np.floating[Any]], epoch: int, share: float, conf
     return EpochPlan(kept, weights[kept].astype(np.float32))
 
 
-def shard(plan: EpochPlan, rank: int, world_size: int) -> EpochPlan:
-    """The part of an epoch that one of several processes feeds.
-
-    Step by step the ranks together feed what one process with the `world_size`-fold batch would. All parts are of one
-    length, so that no rank waits for another for ever: where the samples do not divide, the last ranks feed a sample
-    more with weight 0.
-
-    Args:
-        plan: of the whole epoch, the same on every rank.
-        rank: number of this process, from 0.
-        world_size: number of processes.
-
-    Raises:
-        ValueError: `rank` is not one of them.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in a world of {world_size}")
-    lacking = -len(plan.order) % world_size
-    order = np.concatenate((plan.order, plan.order[:lacking]))
-    weights = np.concatenate((plan.weights, np.zeros(lacking, dtype=np.float32)))
-    return EpochPlan(order[rank::world_size], weights[rank::world_size])
-
-
 class AdaptiveCurriculumSampler(Sampler[list[int]]):
     """A batch sampler whose order follows the curriculum and whose batches follow memory.
 

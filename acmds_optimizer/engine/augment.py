@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -26,7 +27,15 @@ class Cutouts:
     side: int
 
     @classmethod
-    def draw(cls, count: int, shape: tuple[int, ...], fraction: float, seed: int, device: torch.device) -> Cutouts:
+    def draw(
+        cls,
+        count: int,
+        shape: tuple[int, ...],
+        fraction: float,
+        seed: int,
+        device: torch.device,
+        positions: np.ndarray | None = None,
+    ) -> Cutouts:
         """The same for the same (count, shape, seed), on every device.
 
         Args:
@@ -35,10 +44,13 @@ class Cutouts:
             fraction: side as a share of the smaller side of the image, in (0, 1].
             seed: of this epoch.
             device: where inputs are.
+            positions: (k,) int64, of those samples only; None: of all.
         """
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(0, shape[1], (count,), generator=generator, dtype=torch.int16)
         columns = torch.randint(0, shape[2], (count,), generator=generator, dtype=torch.int16)
+        if positions is not None:
+            rows, columns = rows[torch.from_numpy(positions)], columns[torch.from_numpy(positions)]
         return cls(rows.to(device), columns.to(device), max(1, round(min(shape[1:]) * fraction)))
 
     def apply(self, inputs: Tensor, start: int) -> None:

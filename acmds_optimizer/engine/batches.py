@@ -124,7 +124,14 @@ class DataSource(ABC):
 
     @abstractmethod
     def stream(
-        self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False
+        self,
+        order: np.ndarray,
+        weights: np.ndarray | None = None,
+        *,
+        epoch: int,
+        start: int = 0,
+        augment: bool = False,
+        positions: np.ndarray | None = None,
     ) -> EpochStream:
         """The samples of one epoch.
 
@@ -134,6 +141,8 @@ class DataSource(ABC):
             epoch: with the seed and the position in `order`, decides the augmentation.
             start: position to begin at, as if the samples before it had been taken.
             augment: random crops and flips, where the source was made for training and the configuration asks for them.
+            positions: (k,) int64, the positions in `order` to feed, the others being fed elsewhere; `start` then counts
+                these. None: all.
 
         Raises:
             ValueError: an index or `start` lies outside, or the lengths differ.
@@ -145,3 +154,12 @@ class DataSource(ABC):
     def _check(self, order: np.ndarray) -> None:
         if len(order) and (order.min() < 0 or order.max() >= len(self)):
             raise ValueError(f"the order names samples outside the data set's {len(self)}")
+
+
+def chosen(
+    order: np.ndarray, weights: np.ndarray | None, positions: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The part of an order and of its weights that is at `positions`; None: all."""
+    if positions is None:
+        return order, weights
+    return order[positions], None if weights is None else weights[positions]

@@ -40,10 +40,10 @@ without images an error, with them a line for each file that was skipped."""
 
 @dataclass(frozen=True)
 class Request:
-    """One chunk to decode: the samples at positions first, first + 1, ... of an epoch."""
+    """One chunk to decode: samples by their indices, and by their positions in the epoch's order."""
 
     indices: np.ndarray
-    first: int
+    positions: np.ndarray
     epoch: int
     augment: bool
 
@@ -67,7 +67,7 @@ class Decoder(Dataset[Chunk]):
         for row, index in enumerate(request.indices.tolist()):
             rng = None
             if self.is_foreign or request.augment:
-                rng = sample_rng(spec.seed, request.epoch, request.first + row)
+                rng = sample_rng(spec.seed, request.epoch, int(request.positions[row]))
             if self.is_foreign and rng is not None:  # its own random transforms, if any, use the global generators
                 _seed_globals(int(rng.integers(2**32)))
             try:
@@ -190,14 +190,27 @@ class ChunkReader:
         self._pin = pin
         self._named: set[str] = set()
 
-    def read(self, order: np.ndarray, start: int, epoch: int, augment: bool) -> Iterator[Chunk]:
+    def read(
+        self, order: np.ndarray, start: int, epoch: int, augment: bool, positions: np.ndarray | None = None
+    ) -> Iterator[Chunk]:
         """Chunks of `order` from `start` on. Ends the reading begun by an earlier call.
+
+        Args:
+            order: (m,) int64 indices into the data set.
+            start: number of the first to read.
+            epoch: with the seed and the position, decides the augmentation.
+            augment: whether to augment.
+            positions: (m,) int64, positions in the epoch's whole order; None: `order` is whole.
 
         Raises (while iterated):
             DataError: an item cannot be read, or a worker process died.
         """
         size = self.chunk_samples
-        requests = [Request(order[at : at + size], at, epoch, augment) for at in range(start, len(order), size)]
+        places = np.arange(len(order)) if positions is None else positions
+        requests = [
+            Request(order[at : at + size], places[at : at + size], epoch, augment)
+            for at in range(start, len(order), size)
+        ]
         return self._read_here(requests) if self._workers == 0 else self._read_there(requests)
 
     def _read_here(self, requests: list[Request]) -> Iterator[Chunk]:

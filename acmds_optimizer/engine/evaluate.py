@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from acmds_optimizer.engine.batches import DataSource
+from acmds_optimizer.engine.distributed import Ranks, naming_failures
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.guard import is_out_of_memory
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 class Best:
@@ -63,6 +67,7 @@ def evaluate(
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     source: DataSource,
     controller: MemoryPressureController,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """val_loss (mean) and val_accuracy, val_top5 (fractions; the latter where there are more than 5 classes).
 
@@ -74,6 +79,7 @@ def evaluate(
         loss_fn: (logits, targets (B,)) -> losses (B,), unreduced.
         source: the validation set.
         controller: its batch size is where to begin; its memory is watched.
+        ranks: the processes that validate a part each; None: this one alone. The figures are those of all.
 
     Raises:
         OutOfMemoryForGoodError: not even one sample fits.
@@ -82,7 +88,8 @@ def evaluate(
     while True:
         try:
             with controller.memory.watch(), torch.no_grad():
-                return _evaluate(model, forward, loss_fn, source, batch)
+                metrics = _evaluate(model, forward, loss_fn, source, ranks or Ranks(), batch)
+                break
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -91,6 +98,8 @@ def evaluate(
             raise OutOfMemoryForGoodError(f"out of memory: not one sample can be validated. {message}")
         batch = max(1, batch // 2)
         controller.memory.release_cache()
+    with naming_failures():
+        return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def _evaluate(
@@ -98,26 +107,35 @@ def _evaluate(
     forward: Callable[[nn.Module, Tensor], Tensor],
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     source: DataSource,
+    ranks: Ranks,
     batch_size: int,
-) -> dict[str, float]:
-    from torchmetrics import MeanMetric, Metric  # takes two seconds, and not every run validates
+) -> dict[str, Metric]:
+    """The figures of this process's part, to be computed, which joins those of all."""
+    from torchmetrics import MeanMetric  # takes two seconds, and not every run validates
     from torchmetrics.classification import MulticlassAccuracy
 
     metrics: dict[str, Metric] = {}
     training = model.training
     model.eval()
     try:
-        with source.stream(np.arange(len(source)), epoch=0) as stream:
+        order = np.arange(len(source))
+        together = len(order) >= ranks.world_size > 1
+        if together:
+            order = order[ranks.rank :: ranks.world_size]
+        with source.stream(order, epoch=0) as stream:
             while stream.remaining:
                 batch = stream.take(batch_size)
                 logits = forward(model, batch.inputs)
                 if not metrics:
                     classes = logits.shape[-1]
                     # neither checks its input: a check would wait for the device
-                    metrics["val_loss"] = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+                    loss = MeanMetric(nan_strategy="disable", sync_on_compute=together)
+                    metrics["val_loss"] = loss.set_dtype(torch.float64)
                     for name, k in (("val_accuracy", 1), ("val_top5", 5)):
                         if k < classes:
-                            metrics[name] = MulticlassAccuracy(classes, top_k=k, average="micro", validate_args=False)
+                            metrics[name] = MulticlassAccuracy(
+                                classes, top_k=k, average="micro", validate_args=False, sync_on_compute=together
+                            )
                     for metric in metrics.values():
                         metric.to(logits.device)
                 for name, metric in metrics.items():
@@ -127,4 +145,4 @@ def _evaluate(
                         metric.update(logits, batch.targets)
     finally:
         model.train(training)
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+    return metrics

@@ -95,13 +95,17 @@ class Shifts:
     padding: tuple[int, int]
 
     @classmethod
-    def draw(cls, count: int, epoch: int, spec: InputSpec, device: torch.device) -> Shifts:
-        """The same for the same (count, epoch, seed), on every device."""
+    def draw(
+        cls, count: int, epoch: int, spec: InputSpec, device: torch.device, positions: np.ndarray | None = None
+    ) -> Shifts:
+        """Of `count` samples those at `positions` (None: all); the same for the same (count, epoch, seed)."""
         generator = torch.Generator().manual_seed(_mix(spec.seed, epoch))
         pad_rows, pad_columns = spec.padding
         rows = torch.randint(0, 2 * pad_rows + 1, (count,), generator=generator, dtype=torch.int16)
         columns = torch.randint(0, 2 * pad_columns + 1, (count,), generator=generator, dtype=torch.int16)
         flips = torch.rand(count, generator=generator) < (0.5 if spec.flip else 0.0)
+        if positions is not None:
+            rows, columns, flips = (drawn[torch.from_numpy(positions)] for drawn in (rows, columns, flips))
         return cls(rows.to(device), columns.to(device), flips.to(device), spec.padding)
 
     def cut(self, images: Tensor, chosen: Tensor, start: int, stop: int) -> Tensor:
@@ -132,11 +136,13 @@ class Shifts:
         return picked.mul_(inside)
 
 
-def draw_cutouts(spec: InputSpec, count: int, epoch: int, device: torch.device) -> Cutouts | None:
-    """The squares of one epoch's samples, by position; None where none are asked for."""
+def draw_cutouts(
+    spec: InputSpec, count: int, epoch: int, device: torch.device, positions: np.ndarray | None = None
+) -> Cutouts | None:
+    """The squares of an epoch's samples, of those at `positions` if given; None where none are asked for."""
     if not spec.cutout_fraction:
         return None
-    return Cutouts.draw(count, spec.shape, spec.cutout_fraction, _mix(spec.seed, epoch, 1), device)
+    return Cutouts.draw(count, spec.shape, spec.cutout_fraction, _mix(spec.seed, epoch, 1), device, positions)
 
 
 def _mix(*numbers: int) -> int:

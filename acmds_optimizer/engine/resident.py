@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acmds_optimizer.engine.batches import DataSource, EpochStream
+from acmds_optimizer.engine.batches import DataSource, EpochStream, chosen
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
 
 
@@ -45,15 +45,23 @@ class ResidentSource(DataSource):
         return len(self.images)
 
     def stream(
-        self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False
+        self,
+        order: np.ndarray,
+        weights: np.ndarray | None = None,
+        *,
+        epoch: int,
+        start: int = 0,
+        augment: bool = False,
+        positions: np.ndarray | None = None,
     ) -> ResidentStream:
         self._check(order)
+        own, own_weights = chosen(order, weights, positions)
         shifts = None
         if augment and self.may_augment:
-            shifts = Shifts.draw(len(order), epoch, self.spec, self.device)
-        stream = ResidentStream(self, order, weights, start, shifts)
+            shifts = Shifts.draw(len(order), epoch, self.spec, self.device, positions)
+        stream = ResidentStream(self, own, own_weights, start, shifts)
         if shifts is not None:
-            stream.cutouts = draw_cutouts(self.spec, len(order), epoch, self.device)
+            stream.cutouts = draw_cutouts(self.spec, len(order), epoch, self.device, positions)
         return stream
 
 
@@ -92,9 +100,9 @@ class ResidentStream(EpochStream):
 
     def _gather(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         source = self._source
-        chosen = self.order[start:stop]
+        indices = self.order[start:stop]
         if self._shifts is None:
-            images = source.images.index_select(0, chosen)
+            images = source.images.index_select(0, indices)
         else:
-            images = self._shifts.cut(source.images, chosen, start, stop)
-        return source.normalise(images), source.device_targets.index_select(0, chosen)
+            images = self._shifts.cut(source.images, indices, start, stop)
+        return source.normalise(images), source.device_targets.index_select(0, indices)

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from acmds_optimizer import __version__
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.engine import checkpoint
 from acmds_optimizer.engine import dry_run as dry_run_engine
+from acmds_optimizer.engine.distributed import Ranks
 from acmds_optimizer.engine.epochs import EpochLog
 from acmds_optimizer.engine.flagged import TABLE, write_flagged
 from acmds_optimizer.engine.prepare import build_optimizer
-from acmds_optimizer.engine.scalars import open_scalar_logs
+from acmds_optimizer.engine.scalars import ScalarLog, open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
 from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
@@ -44,8 +45,13 @@ def run_training(
     resume: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Train a model from a configuration, and keep the records.
+
+    Where several processes train together, all call this, with settings that differ in nothing but what is of one
+    card (memory, workers). The first of them writes; the others only their steps.csv and events.csv, in folders rank1,
+    rank2 and so on.
 
     Args:
         config: all settings; its `output_dir` is not looked at.
@@ -54,49 +60,48 @@ def run_training(
         resume: checkpoint, or the folder that holds one, to continue from.
         on_progress: called about twice a second, and after each validation.
         should_stop: asked before each step; the run ends cleanly, with a checkpoint, once it says yes.
+        ranks: the processes that train together; None: those of torch.distributed's default group, if there is one.
 
     Returns:
-        The figures of the run.
+        The figures of the run: of all processes, where there are several.
 
     Raises:
         ACMDSError: wrong settings or data (exit code 2), or a run that failed (exit code 1). An
             OutOfMemoryForGoodError has the figures until then in `partial`.
         RuntimeError: CUDA is not available and the CPU was not asked for.
     """
+    ranks = ranks or Ranks.current()
     if output_dir is not None and not _continues(resume, output_dir) and _holds_a_run(output_dir):
         raise ConfigError("output_dir", [f"{output_dir} holds a run already; use --resume, or another folder"])
+    ranks.agree({name: value for name, value in to_dict(config).items() if name not in _OF_ONE_CARD})
     began = time.monotonic()
     torch.manual_seed(config.seed)
     memory = _open_memory(config)
-    bundle = build_data(config)
-    model = make_model(config, bundle)
+    with ranks.first_goes_ahead():
+        bundle = build_data(config)
+        model = make_model(config, bundle)
+    if not ranks.first:
+        torch.manual_seed(config.seed + ranks.rank)  # dropout is to differ
     if memory.device.type == "cuda":
-        torch.cuda.manual_seed(config.seed)
+        torch.cuda.manual_seed(config.seed + ranks.rank)
     optimizer = build_optimizer(model, config)
     state = _with_settings(checkpoint.load(resume), config, optimizer) if resume is not None else None
     trainer = ACMDSTrainer(
         model, bundle.train, optimizer, config,
-        memory=memory, val_dataset=bundle.val, bundle=bundle,
+        memory=memory, val_dataset=bundle.val, bundle=bundle, ranks=ranks,
     )  # fmt: skip
     if state is not None:
         trainer.load_state_dict(state)
+    keeps = output_dir is not None and config.checkpoint_every > 0
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
-        try:
-            logs = open_scalar_logs(config, output_dir, trainer.step if state else None)
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(output_dir / "config.json", to_dict(config))
-        except OSError as error:
-            raise ConfigError("output_dir", [f"{output_dir} cannot be written: {error}"]) from None
-        write_json(output_dir / "environment.json", environment(memory.device))
-        sums = trainer.recorder.state_dict()
-        trainer.recorder = Recorder(output_dir, config.difficulty_window, trainer.step if state else None, logs)
-        trainer.recorder.load_state_dict(sums)
+        _open_records(trainer, config, output_dir, trainer.step if state else None)
+        output_dir = output_dir if ranks.first else None
     logger.debug("ready to train %.1f s after the start", time.monotonic() - began)
     try:
         trainer.on_progress = on_progress
         trainer.should_stop = should_stop or (lambda: False)
-        _train(trainer, config, output_dir, describe_data(bundle))
-        outcome = _outcome(trainer)
+        _train(trainer, config, output_dir, describe_data(bundle), keeps=keeps)
+        outcome = together(ranks.gather(_outcome(trainer)))
     except (OutOfMemoryForGoodError, DivergedError) as error:
         error.partial = _outcome(trainer)
         raise
@@ -108,15 +113,53 @@ def run_training(
     return outcome
 
 
-def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, data: dict[str, Any]) -> None:
+def _open_records(trainer: ACMDSTrainer, config: TrainConfig, folder: Path, resume_step: int | None) -> None:
+    """Begin to write the records of a run; of several processes, of this one."""
+    logs: list[ScalarLog] = []
+    first = trainer.ranks.first
+    if not first:
+        folder = folder / f"rank{trainer.ranks.rank}"
+    try:
+        if first:
+            logs = open_scalar_logs(config, folder, resume_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        if first:
+            write_json(folder / "config.json", to_dict(config))
+    except OSError as error:
+        raise ConfigError("output_dir", [f"{folder} cannot be written: {error}"]) from None
+    if first:
+        write_json(folder / "environment.json", environment(trainer.device) | {"processes": trainer.ranks.world_size})
+    sums = trainer.recorder.state_dict()
+    trainer.recorder = Recorder(folder, config.difficulty_window, resume_step, logs)
+    trainer.recorder.load_state_dict(sums)
+
+
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """The figures of a run of several processes: errors added up, memory of the card with the least left."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    figures: dict[str, Any] = {}
+    for names, join in ((_COUNTS, sum), (("peak_reserved_gb", "headroom_breach_fraction"), max), (_LEAST, min)):
+        for name in names:
+            values = [value for outcome in outcomes if (value := getattr(outcome, name)) is not None]
+            figures[name] = join(values) if values else None
+    return dataclasses.replace(outcomes[0], **figures)
+
+
+def _train(
+    trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, data: dict[str, Any], *, keeps: bool
+) -> None:
+    """Train; `output_dir` is where this process writes what is written once, `keeps` whether there are checkpoints."""
     saved_epoch = trainer.epoch
-    keeps = output_dir is not None and config.checkpoint_every > 0
     files = checkpoint.CheckpointFolder(output_dir, config.keep_checkpoints) if keeps and output_dir else None
     epochs = EpochLog(output_dir, trainer.step)
 
     def save(*, best: bool = False) -> None:
+        if not keeps:
+            return
+        state = trainer.state_dict()  # of several processes all have a part in it
         if files is not None:
-            files.save(trainer.state_dict() | {"data": data}, trainer.step, best=best)
+            files.save(state | {"data": data}, trainer.step, best=best)
 
     def after_step() -> None:
         if config.checkpoint_every_steps and trainer.step % config.checkpoint_every_steps == 0:
@@ -133,7 +176,7 @@ def _train(trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, 
         trainer.recorder.scalars(trainer.step - 1, figures)
         logger.info("epoch %d: %s", trainer.epoch_number, describe_epoch(figures, is_best=is_best))
         due = trainer.epoch - saved_epoch >= config.checkpoint_every
-        if due or is_best or trainer.finished or trainer.should_stop():
+        if due or is_best or trainer.finished or trainer.stopping:
             save(best=is_best)
             saved_epoch = trainer.epoch
 
@@ -200,6 +243,11 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
     ) as trainer:  # fmt: skip
         return trainer.evaluate()
 
+
+_OF_ONE_CARD = ("device", "memory_limit_gb", "target_headroom_gb", "gc_threshold_gb", "num_workers", "output_dir")
+"""Settings in which the processes of a run may differ."""
+_COUNTS = ("oom_events", "oom_recovered", "alloc_retries")
+_LEAST = ("headroom_min_gb",)
 
 _KNOWN = {"digits": ((1, 8, 8), 10, 1797), "cifar10": ((3, 32, 32), 10, 60_000), "cifar100": ((3, 32, 32), 100, 60_000)}
 """Shape of an image, classes and images of data sets that a dry run need not download."""

@@ -63,8 +63,11 @@ class LearningRate:
         self.best_loss = math.inf
         self.epochs_since_best = 0
 
-    def set(self, progress: float, batch: int) -> float:
-        """Set the rates for a step of `batch` samples at `progress` in [0, 1]; that of the first group."""
+    def set(self, progress: float, batch: float) -> float:
+        """Set the rates for a step of `batch` samples at `progress` in [0, 1]; that of the first group.
+
+        Of several processes `batch` is the mean, so that lr is the rate of the largest step of all together.
+        """
         config = self.config
         factor = 1.0
         if isinstance(config, TrainConfig):

@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from acmds_optimizer.engine.trainer import ACMDSTrainer
 
 _PARTS = ("model", "optimizer", "schedule", "controller", "feedback", "sampler", "recorder")
+_OF_EACH_RANK = ("controller", "recorder", "rng")
 _OWN = ("epoch", "step", "seconds", "last_evaluation", "unvalidated", "last_epoch_loss")
 
 
 def take(trainer: ACMDSTrainer) -> dict[str, Any]:
     """All that a run needs to continue, as tensors and plain values."""
     scaler, average, device = trainer.guard.scaler, trainer.average, trainer.device
-    return {
+    state = {
         **{name: getattr(trainer, name).state_dict() for name in _PARTS},
         "average": average.state_dict() if average is not None else {},
         "scaler": scaler.state_dict() if scaler is not None else {},
@@ -30,15 +31,20 @@ def take(trainer: ACMDSTrainer) -> dict[str, Any]:
         },
         "config": to_dict(trainer.config),
     }
+    if trainer.ranks.several:
+        state["ranks"] = trainer.ranks.gather({name: state[name] for name in _OF_EACH_RANK})
+    return state
 
 
 def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
-    """Continue from what `take` gave.
+    """Continue from what `take` gave, be it with another number of processes.
 
     Raises:
         CheckpointError: it belongs to another model, optimizer or data set.
     """
     try:
+        if len(of_ranks := state.get("ranks", ())) == trainer.ranks.world_size > 1:
+            state = {**state, **of_ranks[trainer.ranks.rank]}
         for name in _PARTS:
             getattr(trainer, name).load_state_dict(state[name])
             if name == "feedback":  # by which the sampler, the next part, plans

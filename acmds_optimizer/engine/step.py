@@ -74,16 +74,23 @@ class TrainStep:
 
         The gradient is that of sum(weight * loss) / n over the whole batch, whatever the micro-batch is.
         """
+        losses = self.accumulate(batch, micro_batch, len(batch))
+        self.update()  # last: what allocates after it could fail when the step can no longer be undone
+        return losses
+
+    def accumulate(self, batch: Batch, micro_batch: int, total: int) -> Tensor:
+        """Forward and backward of `batch`, which is a part of `total` samples; its losses, as of a call."""
         losses = []
         start = 0
         for size in parts(len(batch), micro_batch):
-            losses.append(self.micro(batch.slice(start, start + size), len(batch)))
+            losses.append(self.micro(batch.slice(start, start + size), total))
             start += size
-        result = losses[0] if len(losses) == 1 else torch.cat(losses)
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+    def update(self) -> None:
+        """Step the optimizer with the gradients that are there."""
         if self.graphs is None or not self.graphs.optimizer_step():
-            # last: what allocates after it could fail when the step can no longer be undone
             self.guard.optimizer_step()
-        return result
 
     def rehearse(self, batch: Batch, micro_batch: int) -> Tensor:
         """Forward and backward of the first micro-batch alone, without the optimizer; its losses, detached."""

@@ -184,7 +184,15 @@ class Recorder:
     def step(
         self, row: dict[str, Any], losses: torch.Tensor, *, reserved_bytes: int, budget_bytes: int, headroom_bytes: int
     ) -> None:
-        """Record one step: `row` holds all columns but loss and difficulty_mean; losses (n,) stay on their device."""
+        """Record one step.
+
+        Args:
+            row: all columns but loss and difficulty_mean.
+            losses: (n,) of its samples, or (1, 2) the means of loss and difficulty; they stay on their device.
+            reserved_bytes: peak of what the allocator held.
+            budget_bytes: what it could hold.
+            headroom_bytes: what was to be left.
+        """
         figures = self.figures
         figures["steps"] += 1
         figures["samples"] += row["effective_batch"]
@@ -333,7 +341,12 @@ class Recorder:
 
 
 def _means(losses: list[torch.Tensor]) -> torch.Tensor:
-    """Mean loss and mean difficulty (m, 2) float64 of m steps with losses (n_i,), in a few kernels for all of them."""
+    """Mean loss and mean difficulty (m, 2) float64 of m steps with losses (n_i,), in a few kernels for all of them.
+
+    Steps of several processes come as means (1, 2) already.
+    """
+    if losses[0].dim() == 2:
+        return torch.cat(losses).double()
     sizes = torch.tensor([len(part) for part in losses])
     values = torch.cat(losses).double()
     sums = torch.stack((values, -torch.expm1(-values)), dim=1).cumsum(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,18 +25,20 @@ from acmds_optimizer.engine import checkpoint, probe, snapshot
 from acmds_optimizer.engine.average import WeightAverage
 from acmds_optimizer.engine.batches import Batch, EpochStream
 from acmds_optimizer.engine.data import make_source
+from acmds_optimizer.engine.distributed import Ranks
 from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import wanted_graphs
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
 from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.rehearsal import check_outputs, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
+from acmds_optimizer.engine.shares import Division, Standing, deal, divide
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
-from acmds_optimizer.memory.device import MemoryDevice
-from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
+from acmds_optimizer.memory.device import MemoryDevice, MemoryReading
+from acmds_optimizer.memory.guard import Guard, GuardedResult, OutOfMemoryEvent, is_out_of_memory
 from acmds_optimizer.memory.law import Decision
 from acmds_optimizer.zoo.datasets import DataBundle, describe
 
@@ -79,6 +81,7 @@ class ACMDSTrainer:
         memory: an open device to use in place of `device_id`.
         recorder: where step and event rows go; None: only figures are kept.
         loss_fn: (logits, targets) -> losses (B,), unreduced; None: cross-entropy.
+        ranks: the processes that train together; None: those of torch.distributed's default group, if there is one.
 
     Raises:
         RuntimeError: CUDA is not available and the CPU was not asked for.
@@ -102,8 +105,10 @@ class ACMDSTrainer:
         memory: MemoryDevice | None = None,
         recorder: Recorder | None = None,
         loss_fn: LossFunction | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config or CurriculumConfig()
+        self.ranks = ranks or Ranks.current()
         self.controller = MemoryPressureController(device_id, self.config, memory=memory)
         self.device = self.controller.device
         self.recorder = recorder or Recorder(None, self.config.difficulty_window)
@@ -128,6 +133,10 @@ class ACMDSTrainer:
         self.after_step: Callable[[], None] = lambda: None
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
+        self._unagreed_seconds = 0.0
+        self._stop_agreed = False
+        self._division: Division | None = None
+        self._counts: Iterator[tuple[int, int]] = iter(())
         self._unscored: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
         self._stage = -1
 
@@ -141,7 +150,7 @@ class ACMDSTrainer:
         self.model = model.to(self.device)
         if self.device.type == "cuda":
             set_up_cuda(self.config)
-        dtype, channels_last = probe.choose(self.model, self.config, self.device, shape)
+        dtype, channels_last = self.ranks.of_first(probe.choose(self.model, self.config, self.device, shape))
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         train_config = self.config if isinstance(self.config, TrainConfig) else None
@@ -155,6 +164,8 @@ class ACMDSTrainer:
         _move_optimizer_state(optimizer, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.schedule = LearningRate(optimizer, self.config)
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.controller.memory.track(self.ranks.prepare(self._parameters))
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
             self.model, self.guard, make_loss(self.config, loss_fn), dtype, channels_last,
@@ -205,6 +216,11 @@ class ACMDSTrainer:
         return self.epoch >= self.total_epochs or self.progress >= 1.0 or self.best.exhausted
 
     @property
+    def stopping(self) -> bool:
+        """Whether the training is to end after the present step; of several processes, whether all know it."""
+        return self._stop_agreed if self.ranks.several else self.should_stop()
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, as far as can be told now."""
         position = self.epoch + self.sampler.position / max(1, self.sampler.num_samples)
@@ -230,24 +246,29 @@ class ACMDSTrainer:
         self.model.train()
         self.controller.begin_step()
         clock = time.perf_counter()
-        plan = self.sampler.plan
-        if not self.controller.state.peaks.known:
+        if any(self.ranks.gather(not self.controller.state.peaks.known)):
             self._rehearse()
-        with self.source.stream(
-            plan.order, plan.weights, epoch=self.epoch, start=self.sampler.position, augment=True
-        ) as stream:
-            while stream.remaining and not self.should_stop() and self.progress < 1.0:
-                self._one_step(stream, clock)
-                now = time.perf_counter()
-                self.seconds += now - clock
-                clock = now
-                self.after_step()
-                self._report()
+        if self.ranks.several:
+            self._agree(self.ranks.gather(self._standing()))
+        while self._goes_on():
+            division = self._division
+            with self._open_stream() as stream:
+                while self._goes_on() and self._division is division:
+                    self._one_step(stream, clock)
+                    now = time.perf_counter()
+                    if self.ranks.several:
+                        self._unagreed_seconds += now - clock
+                    else:
+                        self.seconds += now - clock
+                    clock = now
+                    self.after_step()
+                    self._report()
         self._update_scores()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.sampler.position >= self.sampler.num_samples:
             self.epoch += 1
+            self._share_statistics()
             self._judge_noise()
             self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
             self.unvalidated = True
@@ -278,49 +299,131 @@ class ACMDSTrainer:
             lambda event: self.recorder.out_of_memory(event, self._where(), recovered=True),
         )  # fmt: skip
 
+    def _goes_on(self) -> bool:
+        return self.sampler.position < self.sampler.num_samples and not self.stopping and self.progress < 1.0
+
+    def _open_stream(self) -> EpochStream:
+        """What is left of the epoch; of several processes, this one's part of it."""
+        plan, start, positions = self.sampler.plan, self.sampler.position, None
+        if self._division is not None:
+            part = deal(start, self.sampler.num_samples, self._division.shares, self.ranks.rank)
+            self._counts = zip(part.own, part.totals, strict=True)
+            start, positions = 0, part.positions
+        return self.source.stream(
+            plan.order, plan.weights, epoch=self.epoch, start=start, augment=True, positions=positions
+        )
+
+    def _next_counts(self, decision: Decision) -> tuple[int, int, bool]:
+        """Samples of the coming step: of this process, of all, and whether it is the last and of an odd size."""
+        if self._division is not None:
+            own, total = next(self._counts)
+            return own, total, total != sum(self._division.shares)
+        count = self.config.step_samples if self.config.batch_policy == "hold" else decision.batch
+        left = self.sampler.num_samples - self.sampler.position
+        if left == count + 1:
+            count += 1  # a batch of one sample has no variance, and BatchNorm refuses it
+        return min(count, left), min(count, left), left < count
+
     def _one_step(self, stream: EpochStream, began: float) -> None:
         before = self.controller.reading
         work = self._enter_stage()
         decision = self.controller.decide(work)
-        hold = self.config.batch_policy == "hold"
-        count = self.config.step_samples if hold else decision.batch
-        if stream.remaining == count + 1:
-            count += 1  # a batch of one sample has no variance, and BatchNorm refuses it
-        last = count >= stream.remaining
-        batch = self._sized(self.mixing(self._take(stream, count), self.epoch, self.sampler.position))
+        count, total, odd = self._next_counts(decision)
+        lr = self.schedule.set(self.progress, total / self.ranks.world_size)
+        try:
+            batch = self._sized(self.mixing(self._take(stream, count), self.epoch, self.sampler.position))
+            result, sizes = self._forward_backward(batch, total, decision, work, odd=odd)
+        except Exception:
+            self.ranks.give_up(len(self._parameters))
+            raise
+        losses = self.feedback.losses(result.value) if sizes else result.value
+        if self.ranks.several:
+            result, losses = self._finish_together(result, losses, total)
+        if self.average is not None:  # after the step has gone through, so that there is nothing to undo
+            self.average.update_parameters(self.model, total / self.config.step_samples)
+        self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
+        numbers = total * (result.value.shape[1] if result.value.dim() > 1 else 1)
+        if len(self._unscored) >= _SCORES_AHEAD or len(self._unscored) * numbers >= _NUMBERS_AHEAD:
+            self._update_scores()
+        self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
+        self.sampler.position += total
+        result = dataclasses.replace(result, value=losses)
+        self._observe(decision, total, result, sizes, work, before, lr, began)
+        self.step += 1
+
+    def _forward_backward(
+        self, batch: Batch, total: int, decision: Decision, work: float, *, odd: bool
+    ) -> tuple[GuardedResult[torch.Tensor], list[int]]:
+        """Run the guarded part of a step, which alone includes the optimizer; its result and its micro-batches."""
+        if not len(batch):  # the last step of an epoch may be too small for all
+            return GuardedResult(torch.empty(0, device=self.device), 0, ()), []
         self.controller.memory.track([batch.inputs, batch.targets])
-        lr = self.schedule.set(self.progress, len(batch))
-        first = min(decision.batch, len(batch))
+        first = parts(len(batch), min(decision.batch, len(batch)))[0]  # of which graphs are captured
         graphs, captures = self.train_step.graphs, 0
         if graphs is not None:
             captures = graphs.captures
-            first = graphs.make_room(decision, first, work, odd=last and len(batch) % count != 0)
+            first = graphs.make_room(decision, first, work, odd=odd)
         self._clock.start()
 
         def attempt(micro_batch: int) -> torch.Tensor:
             if graphs is not None and micro_batch < first:
                 graphs.drop_above(micro_batch)
+            if self.ranks.several:
+                return self.train_step.accumulate(batch, micro_batch, total)
             return self.train_step(batch, micro_batch)
 
         try:
             result = self.guard.run(attempt, first, sample_work=work)
         except OutOfMemoryForGoodError as error:
-            for event in error.events:
-                self.recorder.out_of_memory(event, self._where(), recovered=False)
+            self._record_errors(error.events, recovered=False)
             raise
         sizes = parts(len(batch), result.micro_batch)
         steady = not result.events and (graphs is None or graphs.captures == captures)
         self._clock.stop(sizes[0], len(sizes), steady=steady, replayed=graphs is not None and graphs.replayed)
-        if self.average is not None:  # after the step has gone through, so that there is nothing to undo
-            self.average.update_parameters(self.model, len(batch) / self.config.step_samples)
-        self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
-        if len(self._unscored) >= _SCORES_AHEAD or len(self._unscored) * result.value.numel() >= _NUMBERS_AHEAD:
-            self._update_scores()
-        result = dataclasses.replace(result, value=self.feedback.losses(result.value))
-        self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
-        self.sampler.position += len(batch)
-        self._observe(decision, batch, result, sizes, work, before.budget_bytes, before.alloc_retries, lr, began)
-        self.step += 1
+        return result, sizes
+
+    # --- several processes
+
+    def _finish_together(
+        self, result: GuardedResult[torch.Tensor], losses: torch.Tensor, total: int
+    ) -> tuple[GuardedResult[torch.Tensor], torch.Tensor]:
+        """Add up the gradients of all and step; the result with the optimizer's errors, and the means of all (1, 2)."""
+        used = [parameter.grad is not None for parameter in self._parameters]
+        means = torch.stack((losses.sum(), -torch.expm1(-losses).sum())).double() / total
+        standings, used = self.ranks.meet(self._standing(result.micro_batch), used)
+        self.ranks.sum_gradients(self._parameters, used, means)
+        try:
+            events = self.guard.finish(self.train_step.update)
+        except OutOfMemoryForGoodError as error:
+            self._record_errors(error.events, recovered=False)
+            raise
+        self._agree(standings)
+        return dataclasses.replace(result, events=result.events + events), means[None]
+
+    def _standing(self, micro_batch: int = 0) -> Standing:
+        size = micro_batch or self.controller.batch_size
+        return Standing(
+            self.controller.batch_size,
+            self.controller.state.times.per_sample(size),
+            self.seconds + self._unagreed_seconds,
+            self.should_stop(),
+        )
+
+    def _agree(self, standings: list[Standing]) -> None:
+        self.seconds, self._unagreed_seconds = standings[0].seconds, 0.0
+        self._stop_agreed = any(standing.stop for standing in standings)
+        held = self.config.step_samples if self.config.batch_policy == "hold" else None
+        division = divide(standings, held, self.step + 1, self._division)
+        if division is not self._division:
+            logger.debug("step %d: the processes' shares are %s", self.step, division.shares)
+        self._division = division
+
+    def _share_statistics(self) -> None:
+        self.ranks.average_statistics(self.model)
+        if self.average is not None:
+            self.ranks.average_statistics(self.average.module)
+
+    # --- parts of a step
 
     def _take(self, stream: EpochStream, count: int) -> Batch:
         """The next samples; where they do not fit beside what is cached, after the cache was released.
@@ -350,8 +453,9 @@ class ACMDSTrainer:
         if self._unscored:
             indices, targets, outcomes = zip(*self._unscored, strict=True)
             self._unscored.clear()
-            labels = torch.cat(targets) if self.feedback.needs_logits else None
-            self.feedback.update(torch.cat(indices), labels, torch.cat(outcomes), self.epoch)
+            everywhere = self.ranks.concatenate
+            labels = everywhere(torch.cat(targets)) if self.feedback.needs_logits else None
+            self.feedback.update(everywhere(torch.cat(indices)), labels, everywhere(torch.cat(outcomes)), self.epoch)
 
     def _judge_noise(self) -> None:
         if self.feedback.end_epoch(self.progress):
@@ -370,6 +474,7 @@ class ACMDSTrainer:
         if (peaks := self.controller.state.peaks).known:
             room = peaks.work_within(self.controller.reading.budget_bytes - self.controller.limits.headroom_bytes)
             stage = self.stages.affordable(stage, self._stage, self.config.min_batch_size, room)
+        stage = min(self.ranks.gather(stage))
         if stage != self._stage:
             self._stage = stage
             if self.train_step.graphs is not None:
@@ -390,34 +495,36 @@ class ACMDSTrainer:
     def _observe(
         self,
         decision: Decision,
-        batch: Batch,
+        total: int,
         result: GuardedResult[torch.Tensor],
         sizes: list[int],
         work: float,
-        budget_before: int,
-        retries_before: int,
+        before: MemoryReading,
         lr: float,
         began: float,
     ) -> None:
-        for event in result.events:
-            self.recorder.out_of_memory(event, self._where(), recovered=True)
+        self._record_errors(result.events, recovered=True)
+        if not sizes:
+            sizes = [0]
         graphs, releases = self.train_step.graphs, self.controller.releases
         peak_bytes = graphs.peak_bytes(sizes[0]) if graphs else None
-        reading = self.controller.observe(sizes[0], sample_work=work, peak_bytes=peak_bytes)
+        reading = before
+        if sizes[0]:
+            reading = self.controller.observe(sizes[0], sample_work=work, peak_bytes=peak_bytes)
         for size, seconds, replayed in self._clock.timings():
             self.controller.time(size, seconds)
             if graphs is not None:
                 graphs.timed(size, seconds, replayed=replayed)
-        if abs(reading.budget_bytes - budget_before) > _NEIGHBOUR_SHARE * self.controller.vram_total:
-            change = (reading.budget_bytes - budget_before) / GIB
+        if abs(reading.budget_bytes - before.budget_bytes) > _NEIGHBOUR_SHARE * self.controller.vram_total:
+            change = (reading.budget_bytes - before.budget_bytes) / GIB
             self._event("neighbour_change", reading.peak_allocated_bytes, f"the budget changed by {change:+.2f} GB")
         if self.controller.releases > releases:
             self._event("emergency_gc", reading.peak_allocated_bytes, "cached blocks were released")
         row = {
             "step": self.step,
             "epoch": self.epoch,
-            "samples_seen": int(self.recorder.figures["samples"]) + len(batch),
-            "effective_batch": len(batch),
+            "samples_seen": int(self.recorder.figures["samples"]) + total,
+            "effective_batch": total,
             "micro_batch": sizes[0],
             "micro_batches": len(sizes),
             "predicted_peak_gb": decision.predicted_peak_bytes / GIB if decision.predicted_peak_bytes else None,
@@ -434,7 +541,7 @@ class ACMDSTrainer:
             "next_micro_batch": decision.batch,
             "reason": decision.reason,
             "oom_events": len(result.events),
-            "alloc_retries": reading.alloc_retries - retries_before,
+            "alloc_retries": reading.alloc_retries - before.alloc_retries,
             "seconds": time.perf_counter() - began,
             "lr": lr,
         }
@@ -445,6 +552,10 @@ class ACMDSTrainer:
             budget_bytes=reading.budget_bytes,
             headroom_bytes=self.controller.limits.headroom_bytes,
         )
+
+    def _record_errors(self, events: Sequence[OutOfMemoryEvent], *, recovered: bool) -> None:
+        for event in events:
+            self.recorder.out_of_memory(event, self._where(), recovered=recovered)
 
     def _where(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
@@ -500,21 +611,21 @@ class ACMDSTrainer:
         step = self.train_step
         self.last_evaluation = evaluate(
             self.final_model, lambda model, inputs: step.logits(inputs, model), step.loss.own, self.val_source,
-            self.controller,
+            self.controller, self.ranks,
         )  # fmt: skip
         self.controller.begin_step()
         self._report(force=True)
         return self.last_evaluation
 
     def fit(self, on_epoch: Callable[[dict[str, float]], None] | None = None) -> None:
-        """Train and validate until the configured end or `should_stop`.
+        """Train and validate until the configured end or `should_stop`, of any process where there are several.
 
         `on_epoch` is called after each epoch, and after one that `should_stop` cut off: `unvalidated` then, or in the
         middle of it.
         """
-        while not self.should_stop() and (self.unvalidated or not self.finished):
+        while not self.stopping and (self.unvalidated or not self.finished):
             figures = self._figures() if self.unvalidated else self.train_epoch()
-            if self.unvalidated and not self.should_stop():
+            if self.unvalidated and not self.stopping:
                 # who asked to stop wants the checkpoint, not to wait for a validation: a resumed run begins with it
                 figures |= self.evaluate()
                 self.unvalidated = False
@@ -526,9 +637,10 @@ class ACMDSTrainer:
     # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to continue, as tensors and plain values."""
+        """All that a run needs to continue, as tensors and plain values. To be called by all processes at once."""
         self.recorder.flush()
         self._update_scores()
+        self._share_statistics()
         return snapshot.take(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

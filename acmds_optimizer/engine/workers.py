@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from acmds_optimizer.engine.batches import DataSource, EpochStream
+from acmds_optimizer.engine.batches import DataSource, EpochStream, chosen
 from acmds_optimizer.engine.decode import Chunk, ChunkReader
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
 from acmds_optimizer.zoo.items import known_targets, length
@@ -51,12 +51,19 @@ class WorkerSource(DataSource):
         return self._count
 
     def stream(
-        self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False
+        self,
+        order: np.ndarray,
+        weights: np.ndarray | None = None,
+        *,
+        epoch: int,
+        start: int = 0,
+        augment: bool = False,
+        positions: np.ndarray | None = None,
     ) -> WorkerStream:
         self._check(order)
         if self._open is not None:
             self._open.close()
-        self._open = WorkerStream(self, order, weights, start, epoch, augment and self.may_augment)
+        self._open = WorkerStream(self, order, weights, start, epoch, augment and self.may_augment, positions)
         return self._open
 
     def close(self) -> None:
@@ -76,20 +83,22 @@ class WorkerStream(EpochStream):
         start: int,
         epoch: int,
         augment: bool,
+        positions: np.ndarray | None,
     ) -> None:
-        super().__init__(order, weights, start, source.device)
+        own, own_weights = chosen(order, weights, positions)
+        super().__init__(own, own_weights, start, source.device)
         self._source = source
-        order = np.array(order, dtype=np.int64)  # a copy: requests hold views of it for the whole epoch
-        self._chunks: Iterator[Chunk] | None = source.reader.read(order, start, epoch, augment)
+        own = np.array(own, dtype=np.int64)  # a copy: requests hold views of it for the whole epoch
+        self._chunks: Iterator[Chunk] | None = source.reader.read(own, start, epoch, augment, positions)
         self._fetched: Chunk | None = None
         self._buffer: deque[tuple[Tensor, Tensor]] = deque()
         self._buffered = start  # position up to which samples are on the device
         self._buffer_start = start
         self._shifts: Shifts | None = None
         if augment and source.spec.crop == "pad":
-            self._shifts = Shifts.draw(len(order), epoch, source.spec, source.device)
+            self._shifts = Shifts.draw(len(order), epoch, source.spec, source.device, positions)
         if augment and not source.spec.is_float:
-            self.cutouts = draw_cutouts(source.spec, len(order), epoch, source.device)
+            self.cutouts = draw_cutouts(source.spec, len(order), epoch, source.device, positions)
 
     def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         while self._buffered < stop:

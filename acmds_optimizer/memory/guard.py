@@ -198,6 +198,39 @@ class Guard:
             self._check_tries(events)
             micro_batch = events[-1].next_micro_batch
 
+    def finish(self, update: Callable[[], None]) -> tuple[OutOfMemoryEvent, ...]:
+        """Run `update`, which steps the optimizer with the gradients that are there; after an error undo only that.
+
+        For gradients that cannot be computed again at will, since other processes have a part in them.
+
+        Args:
+            update: calls `optimizer_step`.
+
+        Returns:
+            The errors on the way.
+
+        Raises:
+            OutOfMemoryForGoodError: it failed with the cache released, and with copies on the host.
+        """
+        events: list[OutOfMemoryEvent] = []
+        while True:
+            message = self._try(lambda _: update(), 0, keep_gradients=True)[1]
+            if message is None:
+                self._undo_optimizer = None
+                return tuple(events)
+            if self._undo_optimizer is not None:
+                self._undo_optimizer()
+                self._undo_optimizer = None
+            controller, size = self.controller, self.controller.batch_size
+            peak = controller.memory.read().peak_allocated_bytes
+            controller.memory.release_cache()
+            budget = controller.memory.read().budget_bytes
+            shortage, tries = shortage_bytes(message), len(events) + 1
+            events.append(OutOfMemoryEvent(tries, size, size, shortage, budget, peak, message.splitlines()[0]))
+            if tries > 2:
+                raise OutOfMemoryForGoodError(self._advice(events[-1], "the optimizer's step does not fit"), events)
+            self._copy_on_host = controller.device.type == "cuda"
+
     def rehearse(
         self, attempt: Callable[[int], Any], micro_batch: int, failed: int = 0, *, sample_work: float = 1.0
     ) -> OutOfMemoryEvent | None:
@@ -231,10 +264,13 @@ class Guard:
         self.controller.memory.release_cache()  # nothing has changed yet, so all it takes is room for the copies
         return self._remember()
 
-    def _try(self, attempt: Callable[[int], Result], micro_batch: int) -> tuple[Result | None, str | None]:
+    def _try(
+        self, attempt: Callable[[int], Result], micro_batch: int, *, keep_gradients: bool = False
+    ) -> tuple[Result | None, str | None]:
         """Its value, or the message of the out-of-memory error that ended it."""
         try:
-            self.zero_grad()
+            if not keep_gradients:
+                self.zero_grad()
             with self.controller.memory.watch():
                 return attempt(micro_batch), None
         except Exception as error:

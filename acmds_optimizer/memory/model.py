@@ -216,6 +216,14 @@ class TimeModel:
         """Median seconds by size, ascending; only sizes with enough timings."""
         return {size: sorted(values)[len(values) // 2] for size, values in self.timings if len(values) >= self.needed}
 
+    def per_sample(self, batch: int) -> float:
+        """Seconds a sample at the timed size nearest to `batch`; NaN where none has enough timings."""
+        medians = self.medians()
+        if not medians:
+            return math.nan
+        size = min(medians, key=lambda size: abs(math.log(size / max(1, batch))))
+        return medians[size] / size
+
     def gain(self, batch: int, larger: list[int]) -> float | None:
         """The best relative gain in samples per second from `batch` to any of `larger`; None where it cannot be told.
 
