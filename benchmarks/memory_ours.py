@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, Guard, MemoryPressureController
-from acmds_optimizer.engine.batches import DataSource, EpochStream
+from acmds_optimizer.engine.batches import DataSource, EpochStream, chosen
 from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import MemoryReading
@@ -77,9 +77,16 @@ class _PoolSource(DataSource):
         return _EPOCH_SAMPLES[self.plant.device.type]
 
     def stream(
-        self, order: np.ndarray, weights: np.ndarray | None = None, *, epoch: int, start: int = 0, augment: bool = False
+        self,
+        order: np.ndarray,
+        weights: np.ndarray | None = None,
+        *,
+        epoch: int,
+        start: int = 0,
+        augment: bool = False,
+        positions: np.ndarray | None = None,
     ) -> EpochStream:
-        return _PoolStream(self.plant, order, weights, start)
+        return _PoolStream(self.plant, *chosen(order, weights, positions), start)
 
 
 class _PoolStream(EpochStream):

@@ -59,7 +59,7 @@ def test_with_times_all_end_a_step_together():
     assert divide(standings((48, 0.01), (16, 0.01)), 64, 0).shares == (32, 32)
     assert divide(standings((48, 0.01), (16, 0.03)), 64, 0).shares == (48, 16)
     # free: what all do in the 0.48 s of the largest micro-batch
-    assert divide(standings((48, 0.01), (16, 0.02)), None, 0).shares == (48, 24)
+    assert divide(standings((48, 0.01), (16, 0.015)), None, 0).shares == (48, 32)
 
 
 def test_shares_stay_unless_others_are_faster_for_a_while():
@@ -68,7 +68,10 @@ def test_shares_stay_unless_others_are_faster_for_a_while():
     much = standings((32, 0.010), (32, 0.014))
     assert divide(little, 64, 500, present) is present
     assert divide(much, 64, 29, present) is present
-    assert divide(much, 64, 30, present).shares == (37, 27)
+    assert divide(much, 64, 30, present).shares == (37, 27), "two pieces, but 17 % faster"
+    some = standings((32, 0.010), (32, 0.012))
+    assert divide(some, 64, 30, present) is present, "35 of 64 would be two pieces, and 9 % is not enough for that"
+    assert divide(standings((48, 0.010), (32, 0.012)), 64, 30, present).shares == (35, 29)
     assert divide(standings((32, math.nan), (32, 0.01)), 64, 500, present) is present
     smaller = standings((16, 0.01), (32, 0.01))
     assert divide(smaller, 64, 11, present) is present

@@ -338,7 +338,7 @@ class ACMDSTrainer:
             raise
         losses = self.feedback.losses(result.value) if sizes else result.value
         if self.ranks.several:
-            result, losses = self._finish_together(result, losses, total)
+            result, losses = self._finish_together(result, losses, sizes, total)
         if self.average is not None:  # after the step has gone through, so that there is nothing to undo
             self.average.update_parameters(self.model, total / self.config.step_samples)
         self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
@@ -385,12 +385,12 @@ class ACMDSTrainer:
     # --- several processes
 
     def _finish_together(
-        self, result: GuardedResult[torch.Tensor], losses: torch.Tensor, total: int
+        self, result: GuardedResult[torch.Tensor], losses: torch.Tensor, sizes: list[int], total: int
     ) -> tuple[GuardedResult[torch.Tensor], torch.Tensor]:
         """Add up the gradients of all and step; the result with the optimizer's errors, and the means of all (1, 2)."""
         used = [parameter.grad is not None for parameter in self._parameters]
         means = torch.stack((losses.sum(), -torch.expm1(-losses).sum())).double() / total
-        standings, used = self.ranks.meet(self._standing(result.micro_batch), used)
+        standings, used = self.ranks.meet(self._standing(max(sizes, default=0)), used)
         self.ranks.sum_gradients(self._parameters, used, means)
         try:
             events = self.guard.finish(self.train_step.update)
@@ -401,10 +401,10 @@ class ACMDSTrainer:
         return dataclasses.replace(result, events=result.events + events), means[None]
 
     def _standing(self, micro_batch: int = 0) -> Standing:
-        size = micro_batch or self.controller.batch_size
+        limit = self.controller.batch_size
         return Standing(
-            self.controller.batch_size,
-            self.controller.state.times.per_sample(size),
+            limit,
+            self.controller.state.times.per_sample(micro_batch or limit),
             self.seconds + self._unagreed_seconds,
             self.should_stop(),
         )
