@@ -1,7 +1,7 @@
 """Two GPUs against one: the same work for each, and cards with unequal memory. CSV on stdout, progress on stderr.
 
     python -m benchmarks.ranks                                           # two GPUs, ResNet-50, 2 minutes
-    python -m benchmarks.ranks --device cpu --model small_cnn --image-size 32 --batch 16 --seconds 2 --limits-gb 0.3,0.02
+    python -m benchmarks.ranks --device cpu --model small_cnn --image-size 32 --batch 32 --limits-gb 0.3,0.02
 
 In each round both cards train alone, at the same time but as two runs, and then as one run; `ratio` compares the sum.
 
