@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-    from acmds_optimizer.engine.trainer import Progress
+    from acmds_optimizer.engine.telemetry import Progress
 
 EPILOG = """examples:
   acmds-train --model resnet50 --dataset cifar10 --num-classes 10 --epochs 50

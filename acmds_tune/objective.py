@@ -23,7 +23,7 @@ from acmds_optimizer.files import replacing
 from acmds_tune.columns import FIGURES
 
 if TYPE_CHECKING:
-    from acmds_optimizer.engine.trainer import Progress
+    from acmds_optimizer.engine.telemetry import Progress
 
 logger = logging.getLogger(__name__)
 

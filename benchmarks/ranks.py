@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, limit_gb: float, smallest: int, total: 
         trainer.should_stop = lambda: len(marks) == 2
         trainer.fit()
         outcome = trainer.recorder.outcome(epochs=0, seconds=0.0)
-        division = trainer._division
+        division = trainer.team.division if trainer.team is not None else None
     memory.close()
     (start, before), (end, after) = marks
     return {

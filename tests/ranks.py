@@ -76,7 +76,7 @@ def facts(trainer: ACMDSTrainer) -> dict[str, Any]:
         "evaluation": trainer.last_evaluation,
         "step": trainer.step,
         "figures": dict(trainer.recorder.figures),
-        "shares": trainer._division.shares if trainer._division else None,
+        "shares": trainer.team.division.shares if trainer.team and trainer.team.division else None,
     }
 
 

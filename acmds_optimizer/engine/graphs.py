@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from acmds_optimizer.config import CurriculumConfig
@@ -337,7 +338,9 @@ class GraphedMicroBatches:
         graph = torch.cuda.CUDAGraph()
         self.captures += 1
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # NCCL has a thread that looks at events, which would end a capture that minds all threads
+            mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                 result = run()
         except Exception as error:
             if is_out_of_memory(error):

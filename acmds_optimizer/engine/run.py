@@ -26,8 +26,8 @@ from acmds_optimizer.engine.epochs import EpochLog
 from acmds_optimizer.engine.flagged import TABLE, write_flagged
 from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import ScalarLog, open_scalar_logs
-from acmds_optimizer.engine.telemetry import Outcome, Recorder, to_plain
-from acmds_optimizer.engine.trainer import ACMDSTrainer, Progress
+from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_plain
+from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.files import replacing
 from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments
@@ -171,7 +171,7 @@ def _train(
             difficulty = trainer.dataset.difficulty_scores
             ranks = epochs.write(trainer.epoch_number, trainer.step, trainer.seconds, figures, difficulty)
             figures |= ranks
-            trainer.recorder.scalars(trainer.step - 1, {"difficulty": difficulty})  # type: ignore[dict-item]
+            trainer.recorder.scalars(trainer.step - 1, {"difficulty": difficulty})
         is_best = bool(figures.pop("is_best", False))
         trainer.recorder.scalars(trainer.step - 1, figures)
         logger.info("epoch %d: %s", trainer.epoch_number, describe_epoch(figures, is_best=is_best))

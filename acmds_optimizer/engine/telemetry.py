@@ -20,7 +20,9 @@ import torch
 from acmds_optimizer.config import GIB
 from acmds_optimizer.engine.scalars import STEP_SCALARS, ScalarLog
 from acmds_optimizer.errors import DivergedError
+from acmds_optimizer.memory.device import MemoryReading
 from acmds_optimizer.memory.guard import OutOfMemoryEvent
+from acmds_optimizer.memory.law import Decision
 
 STEP_COLUMNS = {
     "step": "number of the optimizer step, from 0",
@@ -104,6 +106,24 @@ class Outcome:
     epochs: int
     seconds: float
     stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How a run stands, for a display. GB are 2**30 bytes."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    samples_per_second: float | None
+    batch_size: int
+    free_gb: float
+    target_headroom_gb: float
+    loss: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    oom_events: int
+    seconds: float
 
 
 class CsvLog:
@@ -275,8 +295,8 @@ class Recorder:
         if bad is not None:
             raise DivergedError(bad)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of each curve, such as the figures of an epoch."""
+    def scalars(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
+        """One point of each curve, such as the figures of an epoch; a tensor (n,) in [0, 1] is a histogram."""
         for log in self._scalar_logs:
             log.write(step, values)
 
@@ -338,6 +358,25 @@ class Recorder:
             for log in self._scalar_logs:
                 log.close()
             self._scalar_logs = ()
+
+
+def memory_columns(decision: Decision, reading: MemoryReading, target_headroom_gb: float) -> dict[str, Any]:
+    """The columns of a row of steps.csv that are of memory, and of what was decided by it."""
+    return {
+        "predicted_peak_gb": decision.predicted_peak_bytes / GIB if decision.predicted_peak_bytes else None,
+        "peak_allocated_gb": reading.peak_allocated_bytes / GIB,
+        "reserved_gb": reading.peak_reserved_bytes / GIB,
+        "budget_gb": reading.budget_bytes / GIB,
+        "headroom_gb": (reading.budget_bytes - reading.peak_reserved_bytes) / GIB,
+        "target_headroom_gb": target_headroom_gb,
+        "feed_forward_samples": decision.feed_forward,
+        "pid_p": decision.p,
+        "pid_i": decision.i,
+        "pid_d": decision.d,
+        "trim": decision.trim,
+        "next_micro_batch": decision.batch,
+        "reason": decision.reason,
+    }
 
 
 def _means(losses: list[torch.Tensor]) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +32,13 @@ from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
 from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.rehearsal import check_outputs, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
-from acmds_optimizer.engine.shares import Division, Standing, deal, divide
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
-from acmds_optimizer.engine.telemetry import Recorder
+from acmds_optimizer.engine.team import Team
+from acmds_optimizer.engine.telemetry import Progress, Recorder, memory_columns
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice, MemoryReading
-from acmds_optimizer.memory.guard import Guard, GuardedResult, OutOfMemoryEvent, is_out_of_memory
+from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
 from acmds_optimizer.memory.law import Decision
 from acmds_optimizer.zoo.datasets import DataBundle, describe
 
@@ -47,24 +47,6 @@ logger = logging.getLogger(__name__)
 _NEIGHBOUR_SHARE = 0.03
 _SCORES_AHEAD = 64
 _NUMBERS_AHEAD = 2**20
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How a run stands, for a display. GB are 2**30 bytes."""
-
-    step: int
-    total_steps: int
-    epoch: int
-    samples_per_second: float | None
-    batch_size: int
-    free_gb: float
-    target_headroom_gb: float
-    loss: float | None
-    val_loss: float | None
-    val_accuracy: float | None
-    oom_events: int
-    seconds: float
 
 
 class ACMDSTrainer:
@@ -134,9 +116,6 @@ class ACMDSTrainer:
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
         self._unagreed_seconds = 0.0
-        self._stop_agreed = False
-        self._division: Division | None = None
-        self._counts: Iterator[tuple[int, int]] = iter(())
         self._unscored: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
         self._stage = -1
 
@@ -164,13 +143,14 @@ class ACMDSTrainer:
         _move_optimizer_state(optimizer, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.schedule = LearningRate(optimizer, self.config)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.controller.memory.track(self.ranks.prepare(self._parameters))
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.controller.memory.track(self.ranks.prepare(parameters))
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
             self.model, self.guard, make_loss(self.config, loss_fn), dtype, channels_last,
             cuda_graphs=wanted_graphs(self.config, self.device), compiled=self.config.compile_model,
         )  # fmt: skip
+        self.team = Team(self.ranks, self.train_step, parameters, self.config) if self.ranks.several else None
 
     def _set_up_data(
         self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None, inputs: DataBundle
@@ -218,7 +198,7 @@ class ACMDSTrainer:
     @property
     def stopping(self) -> bool:
         """Whether the training is to end after the present step; of several processes, whether all know it."""
-        return self._stop_agreed if self.ranks.several else self.should_stop()
+        return self.team.stop if self.team is not None else self.should_stop()
 
     @property
     def total_steps(self) -> int:
@@ -248,18 +228,18 @@ class ACMDSTrainer:
         clock = time.perf_counter()
         if any(self.ranks.gather(not self.controller.state.peaks.known)):
             self._rehearse()
-        if self.ranks.several:
-            self._agree(self.ranks.gather(self._standing()))
+        if self.team is not None:
+            self.seconds = self.team.begin_epoch(self.step, self._own_seconds(), self.should_stop())
         while self._goes_on():
-            division = self._division
+            division = self.team and self.team.division
             with self._open_stream() as stream:
-                while self._goes_on() and self._division is division:
+                while self._goes_on() and (self.team and self.team.division) is division:
                     self._one_step(stream, clock)
                     now = time.perf_counter()
-                    if self.ranks.several:
-                        self._unagreed_seconds += now - clock
-                    else:
+                    if self.team is None:
                         self.seconds += now - clock
+                    else:
+                        self._unagreed_seconds += now - clock
                     clock = now
                     self.after_step()
                     self._report()
@@ -305,19 +285,16 @@ class ACMDSTrainer:
     def _open_stream(self) -> EpochStream:
         """What is left of the epoch; of several processes, this one's part of it."""
         plan, start, positions = self.sampler.plan, self.sampler.position, None
-        if self._division is not None:
-            part = deal(start, self.sampler.num_samples, self._division.shares, self.ranks.rank)
-            self._counts = zip(part.own, part.totals, strict=True)
-            start, positions = 0, part.positions
+        if self.team is not None:
+            start, positions = 0, self.team.deal(start, self.sampler.num_samples)
         return self.source.stream(
             plan.order, plan.weights, epoch=self.epoch, start=start, augment=True, positions=positions
         )
 
     def _next_counts(self, decision: Decision) -> tuple[int, int, bool]:
         """Samples of the coming step: of this process, of all, and whether it is the last and of an odd size."""
-        if self._division is not None:
-            own, total = next(self._counts)
-            return own, total, total != sum(self._division.shares)
+        if self.team is not None:
+            return self.team.next_counts()
         count = self.config.step_samples if self.config.batch_policy == "hold" else decision.batch
         left = self.sampler.num_samples - self.sampler.position
         if left == count + 1:
@@ -334,11 +311,15 @@ class ACMDSTrainer:
             batch = self._sized(self.mixing(self._take(stream, count), self.epoch, self.sampler.position))
             result, sizes = self._forward_backward(batch, total, decision, work, odd=odd)
         except Exception:
-            self.ranks.give_up(len(self._parameters))
+            if self.team is not None:
+                self.team.give_up()
             raise
         losses = self.feedback.losses(result.value) if sizes else result.value
-        if self.ranks.several:
-            result, losses = self._finish_together(result, losses, sizes, total)
+        if self.team is not None:
+            with self._recording_errors():
+                result, losses, self.seconds = self.team.finish(
+                    result, losses, sizes, total, self.step, self._own_seconds(), self.should_stop()
+                )
         if self.average is not None:  # after the step has gone through, so that there is nothing to undo
             self.average.update_parameters(self.model, total / self.config.step_samples)
         self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
@@ -368,62 +349,21 @@ class ACMDSTrainer:
         def attempt(micro_batch: int) -> torch.Tensor:
             if graphs is not None and micro_batch < first:
                 graphs.drop_above(micro_batch)
-            if self.ranks.several:
+            if self.team is not None:
                 return self.train_step.accumulate(batch, micro_batch, total)
             return self.train_step(batch, micro_batch)
 
-        try:
+        with self._recording_errors():
             result = self.guard.run(attempt, first, sample_work=work)
-        except OutOfMemoryForGoodError as error:
-            self._record_errors(error.events, recovered=False)
-            raise
         sizes = parts(len(batch), result.micro_batch)
         steady = not result.events and (graphs is None or graphs.captures == captures)
         self._clock.stop(sizes[0], len(sizes), steady=steady, replayed=graphs is not None and graphs.replayed)
         return result, sizes
 
-    # --- several processes
-
-    def _finish_together(
-        self, result: GuardedResult[torch.Tensor], losses: torch.Tensor, sizes: list[int], total: int
-    ) -> tuple[GuardedResult[torch.Tensor], torch.Tensor]:
-        """Add up the gradients of all and step; the result with the optimizer's errors, and the means of all (1, 2)."""
-        used = [parameter.grad is not None for parameter in self._parameters]
-        means = torch.stack((losses.sum(), -torch.expm1(-losses).sum())).double() / total
-        standings, used = self.ranks.meet(self._standing(max(sizes, default=0)), used)
-        self.ranks.sum_gradients(self._parameters, used, means)
-        try:
-            events = self.guard.finish(self.train_step.update)
-        except OutOfMemoryForGoodError as error:
-            self._record_errors(error.events, recovered=False)
-            raise
-        self._agree(standings)
-        return dataclasses.replace(result, events=result.events + events), means[None]
-
-    def _standing(self, micro_batch: int = 0) -> Standing:
-        limit = self.controller.batch_size
-        return Standing(
-            limit,
-            self.controller.state.times.per_sample(micro_batch or limit),
-            self.seconds + self._unagreed_seconds,
-            self.should_stop(),
-        )
-
-    def _agree(self, standings: list[Standing]) -> None:
-        self.seconds, self._unagreed_seconds = standings[0].seconds, 0.0
-        self._stop_agreed = any(standing.stop for standing in standings)
-        held = self.config.step_samples if self.config.batch_policy == "hold" else None
-        division = divide(standings, held, self.step + 1, self._division)
-        if division is not self._division:
-            logger.debug("step %d: the processes' shares are %s", self.step, division.shares)
-        self._division = division
-
     def _share_statistics(self) -> None:
         self.ranks.average_statistics(self.model)
         if self.average is not None:
             self.ranks.average_statistics(self.average.module)
-
-    # --- parts of a step
 
     def _take(self, stream: EpochStream, count: int) -> Batch:
         """The next samples; where they do not fit beside what is cached, after the cache was released.
@@ -503,7 +443,8 @@ class ACMDSTrainer:
         lr: float,
         began: float,
     ) -> None:
-        self._record_errors(result.events, recovered=True)
+        for event in result.events:
+            self.recorder.out_of_memory(event, self._where(), recovered=True)
         if not sizes:
             sizes = [0]
         graphs, releases = self.train_step.graphs, self.controller.releases
@@ -527,19 +468,7 @@ class ACMDSTrainer:
             "effective_batch": total,
             "micro_batch": sizes[0],
             "micro_batches": len(sizes),
-            "predicted_peak_gb": decision.predicted_peak_bytes / GIB if decision.predicted_peak_bytes else None,
-            "peak_allocated_gb": reading.peak_allocated_bytes / GIB,
-            "reserved_gb": reading.peak_reserved_bytes / GIB,
-            "budget_gb": reading.budget_bytes / GIB,
-            "headroom_gb": (reading.budget_bytes - reading.peak_reserved_bytes) / GIB,
-            "target_headroom_gb": self.config.target_headroom_gb,
-            "feed_forward_samples": decision.feed_forward,
-            "pid_p": decision.p,
-            "pid_i": decision.i,
-            "pid_d": decision.d,
-            "trim": decision.trim,
-            "next_micro_batch": decision.batch,
-            "reason": decision.reason,
+            **memory_columns(decision, reading, self.config.target_headroom_gb),
             "oom_events": len(result.events),
             "alloc_retries": reading.alloc_retries - before.alloc_retries,
             "seconds": time.perf_counter() - began,
@@ -553,9 +482,19 @@ class ACMDSTrainer:
             headroom_bytes=self.controller.limits.headroom_bytes,
         )
 
-    def _record_errors(self, events: Sequence[OutOfMemoryEvent], *, recovered: bool) -> None:
-        for event in events:
-            self.recorder.out_of_memory(event, self._where(), recovered=recovered)
+    @contextlib.contextmanager
+    def _recording_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OutOfMemoryForGoodError as error:
+            for event in error.events:
+                self.recorder.out_of_memory(event, self._where(), recovered=False)
+            raise
+
+    def _own_seconds(self) -> float:
+        """Training time by this process's clock, of which `seconds` is what all have agreed upon."""
+        seconds, self._unagreed_seconds = self.seconds + self._unagreed_seconds, 0.0
+        return seconds
 
     def _where(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
