@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, Guard, MemoryPressureController
-from acmds_optimizer.engine.batches import DataSource, EpochStream, chosen
+from acmds_optimizer.engine.batches import DataSource, EpochPart, EpochStream
 from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import MemoryReading
@@ -76,22 +75,13 @@ class _PoolSource(DataSource):
     def __len__(self) -> int:
         return _EPOCH_SAMPLES[self.plant.device.type]
 
-    def stream(
-        self,
-        order: np.ndarray,
-        weights: np.ndarray | None = None,
-        *,
-        epoch: int,
-        start: int = 0,
-        augment: bool = False,
-        positions: np.ndarray | None = None,
-    ) -> EpochStream:
-        return _PoolStream(self.plant, *chosen(order, weights, positions), start)
+    def _open(self, part: EpochPart) -> EpochStream:
+        return _PoolStream(self.plant, part)
 
 
 class _PoolStream(EpochStream):
-    def __init__(self, plant: Plant, order: np.ndarray, weights: np.ndarray | None, start: int) -> None:
-        super().__init__(order, weights, start, plant.device)
+    def __init__(self, plant: Plant, part: EpochPart) -> None:
+        super().__init__(part.order, part.weights, part.start, plant.device)
         self._plant = plant
 
     def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,7 @@ def facts(trainer: ACMDSTrainer) -> dict[str, Any]:
         "loss": trainer.last_epoch_loss,
         "evaluation": trainer.last_evaluation,
         "step": trainer.step,
+        "micro_batch": trainer.controller.batch_size,
         "figures": dict(trainer.recorder.figures),
         "shares": trainer.team.division.shares if trainer.team and trainer.team.division else None,
     }
@@ -138,7 +139,7 @@ def struck_optimizer(rank: int) -> dict[str, Any]:
 
 
 def free(rank: int) -> dict[str, Any]:
-    return fitted(limit=A_THIRD if rank == 1 else PLENTY, batch_policy="free", count=3000)
+    return fitted(limit=2 * A_THIRD if rank == 1 else PLENTY, batch_policy="free", count=3000)
 
 
 def noisy(rank: int) -> dict[str, Any]:

@@ -119,11 +119,12 @@ def test_wrong_usage_ends_with_2_and_says_what_to_change(arguments, message, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_is_refused(capsys, tmp_path, monkeypatch):
+def test_half_of_what_torchrun_sets_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert cli.main(CPU) == 2
-    assert "several processes are not supported" in capsys.readouterr().err
+    assert "WORLD_SIZE is 2, but not set are MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

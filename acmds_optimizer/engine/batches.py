@@ -110,6 +110,29 @@ class EpochStream(ABC):
         self.close()
 
 
+@dataclass(frozen=True)
+class EpochPart:
+    """What is asked of a data source: an epoch's samples, or those of them that this process feeds.
+
+    Attributes:
+        order: (m,) int64 indices into the data set.
+        weights: (m,) float32, or None for ones.
+        start: how many are not to be fed any more.
+        epoch: with the seed and the position, decides the augmentation.
+        augment: whether to augment, where the source may.
+        positions: (m,) int64, where they stand in the epoch's order; None: one after the other from 0.
+        count: samples of the whole epoch.
+    """
+
+    order: np.ndarray
+    weights: np.ndarray | None
+    start: int
+    epoch: int
+    augment: bool
+    positions: np.ndarray | None
+    count: int
+
+
 class DataSource(ABC):
     """A data set that can be streamed in any order.
 
@@ -122,7 +145,6 @@ class DataSource(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def stream(
         self,
         order: np.ndarray,
@@ -147,19 +169,16 @@ class DataSource(ABC):
         Raises:
             ValueError: an index or `start` lies outside, or the lengths differ.
         """
+        if len(order) and (order.min() < 0 or order.max() >= len(self)):
+            raise ValueError(f"the order names samples outside the data set's {len(self)}")
+        own, own_weights = order, weights
+        if positions is not None:
+            own, own_weights = order[positions], None if weights is None else weights[positions]
+        return self._open(EpochPart(own, own_weights, start, epoch, augment, positions, len(order)))
+
+    @abstractmethod
+    def _open(self, part: EpochPart) -> EpochStream:
+        """The samples of a part of an epoch, or of all of it."""
 
     def close(self) -> None:  # noqa: B027  # only sources with worker processes override it
         """Free what the source holds beside memory (worker processes). Open streams end."""
-
-    def _check(self, order: np.ndarray) -> None:
-        if len(order) and (order.min() < 0 or order.max() >= len(self)):
-            raise ValueError(f"the order names samples outside the data set's {len(self)}")
-
-
-def chosen(
-    order: np.ndarray, weights: np.ndarray | None, positions: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The part of an order and of its weights that is at `positions`; None: all."""
-    if positions is None:
-        return order, weights
-    return order[positions], None if weights is None else weights[positions]

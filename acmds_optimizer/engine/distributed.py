@@ -40,12 +40,21 @@ def joined(device: str) -> Iterator[Ranks]:
         device: `cuda` (each process takes the one of its local rank) or `cpu`.
 
     Raises:
-        ConfigError: a device with a number, which all processes of this machine would share.
+        ConfigError: a device with a number, which all processes of this machine would share; or WORLD_SIZE without the
+            rest of what torchrun sets.
         RuntimeError: CUDA is not available and the CPU was not asked for.
     """
     if world_size_of_environment() == 1:
         yield Ranks()
         return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            "torchrun",
+            [
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not set are {', '.join(missing)}; "
+                "start the processes with torchrun, or unset WORLD_SIZE to train with one"
+            ],
+        )
     if device not in ("cuda", "cpu"):
         raise ConfigError("torchrun", [f"device {device}: each process takes its own; give --device cuda or cpu"])
     if device == "cuda":

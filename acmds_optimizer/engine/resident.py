@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acmds_optimizer.engine.batches import DataSource, EpochStream, chosen
+from acmds_optimizer.engine.batches import DataSource, EpochPart, EpochStream
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
 
 
@@ -44,24 +44,13 @@ class ResidentSource(DataSource):
     def __len__(self) -> int:
         return len(self.images)
 
-    def stream(
-        self,
-        order: np.ndarray,
-        weights: np.ndarray | None = None,
-        *,
-        epoch: int,
-        start: int = 0,
-        augment: bool = False,
-        positions: np.ndarray | None = None,
-    ) -> ResidentStream:
-        self._check(order)
-        own, own_weights = chosen(order, weights, positions)
+    def _open(self, part: EpochPart) -> ResidentStream:
         shifts = None
-        if augment and self.may_augment:
-            shifts = Shifts.draw(len(order), epoch, self.spec, self.device, positions)
-        stream = ResidentStream(self, own, own_weights, start, shifts)
+        if part.augment and self.may_augment:
+            shifts = Shifts.draw(part.count, part.epoch, self.spec, self.device, part.positions)
+        stream = ResidentStream(self, part, shifts)
         if shifts is not None:
-            stream.cutouts = draw_cutouts(self.spec, len(order), epoch, self.device, positions)
+            stream.cutouts = draw_cutouts(self.spec, part.count, part.epoch, self.device, part.positions)
         return stream
 
 
@@ -74,10 +63,8 @@ class ResidentStream(EpochStream):
     On CUDA several small batches are made at once, since each of the dozen kernels costs a launch.
     """
 
-    def __init__(
-        self, source: ResidentSource, order: np.ndarray, weights: np.ndarray | None, start: int, shifts: Shifts | None
-    ) -> None:
-        super().__init__(order, weights, start, source.device)
+    def __init__(self, source: ResidentSource, part: EpochPart, shifts: Shifts | None) -> None:
+        super().__init__(part.order, part.weights, part.start, source.device)
         self._source = source
         self._shifts = shifts
         input_bytes = 4 * math.prod(source.images.shape[1:])

@@ -16,6 +16,8 @@ _PATIENCE_STEPS = 20
 _LEAST_GAIN = 0.05
 _LEAST_GAIN_IN_MORE_PIECES = 0.15
 """A share just above a micro-batch takes two pieces, and what they lose is not in the times that it is judged by."""
+_MOST_PIECES = 4
+"""With batch_policy free, so that one very slow process does not make the others' steps, and their inputs, huge."""
 _GRAIN = 8
 """Shares are multiples of it where they are large, which suits tensor cores and keeps the number of shapes small."""
 
@@ -100,7 +102,8 @@ def divide(standings: Sequence[Standing], held: int | None, step: int, present: 
         shares = split(held, [1.0 / value for value in seconds])
     else:
         slowest = max(size * value for size, value in zip(micro_batches, seconds, strict=True))
-        shares = tuple(max(1, round(slowest / value)) for value in seconds)
+        most = [_MOST_PIECES * size for size in micro_batches]
+        shares = tuple(min(limit, max(1, round(slowest / value))) for limit, value in zip(most, seconds, strict=True))
     gain = _rate(shares, seconds) / _rate(present.shares, seconds) - 1.0
     more_pieces = _pieces(shares, micro_batches) > _pieces(present.shares, micro_batches)
     needed = _LEAST_GAIN_IN_MORE_PIECES if more_pieces else _LEAST_GAIN

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from acmds_optimizer.engine.batches import DataSource, EpochStream, chosen
+from acmds_optimizer.engine.batches import DataSource, EpochPart, EpochStream
 from acmds_optimizer.engine.decode import Chunk, ChunkReader
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
 from acmds_optimizer.zoo.items import known_targets, length
@@ -45,60 +45,43 @@ class WorkerSource(DataSource):
         self.may_augment = augment and spec.crop != "none"
         self.normalise = Normaliser(spec, device, channels_last)
         self.reader = ChunkReader(dataset, spec, workers, pin=device.type == "cuda")
-        self._open: WorkerStream | None = None
+        self._stream: WorkerStream | None = None
 
     def __len__(self) -> int:
         return self._count
 
-    def stream(
-        self,
-        order: np.ndarray,
-        weights: np.ndarray | None = None,
-        *,
-        epoch: int,
-        start: int = 0,
-        augment: bool = False,
-        positions: np.ndarray | None = None,
-    ) -> WorkerStream:
-        self._check(order)
-        if self._open is not None:
-            self._open.close()
-        self._open = WorkerStream(self, order, weights, start, epoch, augment and self.may_augment, positions)
-        return self._open
+    def _open(self, part: EpochPart) -> WorkerStream:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = WorkerStream(self, part)
+        return self._stream
 
     def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
+        if self._stream is not None:
+            self._stream.close()
         self.reader.close()
 
 
 class WorkerStream(EpochStream):
     """Cuts batches of any size from the chunks of a WorkerSource."""
 
-    def __init__(
-        self,
-        source: WorkerSource,
-        order: np.ndarray,
-        weights: np.ndarray | None,
-        start: int,
-        epoch: int,
-        augment: bool,
-        positions: np.ndarray | None,
-    ) -> None:
-        own, own_weights = chosen(order, weights, positions)
-        super().__init__(own, own_weights, start, source.device)
+    def __init__(self, source: WorkerSource, part: EpochPart) -> None:
+        super().__init__(part.order, part.weights, part.start, source.device)
         self._source = source
-        own = np.array(own, dtype=np.int64)  # a copy: requests hold views of it for the whole epoch
-        self._chunks: Iterator[Chunk] | None = source.reader.read(own, start, epoch, augment, positions)
+        augment = part.augment and source.may_augment
+        order = np.array(part.order, dtype=np.int64)  # a copy: requests hold views of it for the whole epoch
+        self._chunks: Iterator[Chunk] | None = source.reader.read(
+            order, part.start, part.epoch, augment, part.positions
+        )
         self._fetched: Chunk | None = None
         self._buffer: deque[tuple[Tensor, Tensor]] = deque()
-        self._buffered = start  # position up to which samples are on the device
-        self._buffer_start = start
+        self._buffered = part.start  # position up to which samples are on the device
+        self._buffer_start = part.start
         self._shifts: Shifts | None = None
         if augment and source.spec.crop == "pad":
-            self._shifts = Shifts.draw(len(order), epoch, source.spec, source.device, positions)
+            self._shifts = Shifts.draw(part.count, part.epoch, source.spec, source.device, part.positions)
         if augment and not source.spec.is_float:
-            self.cutouts = draw_cutouts(source.spec, len(order), epoch, source.device, positions)
+            self.cutouts = draw_cutouts(source.spec, part.count, part.epoch, source.device, part.positions)
 
     def _build(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         while self._buffered < stop:
