@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 _NEIGHBOUR_SHARE = 0.03
 _SCORES_AHEAD = 64
 _NUMBERS_AHEAD = 2**20
+_CLASSES_IF_UNKNOWN = 1000
 
 
 class ACMDSTrainer:
@@ -323,7 +324,8 @@ class ACMDSTrainer:
         if self.average is not None:  # after the step has gone through, so that there is nothing to undo
             self.average.update_parameters(self.model, total / self.config.step_samples)
         self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
-        numbers = total * (result.value.shape[1] if result.value.dim() > 1 else 1)
+        # by what is the same in all processes, since they do it together
+        numbers = total * (1 + (self._num_classes or _CLASSES_IF_UNKNOWN) if self.feedback.needs_logits else 1)
         if len(self._unscored) >= _SCORES_AHEAD or len(self._unscored) * numbers >= _NUMBERS_AHEAD:
             self._update_scores()
         self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
