@@ -58,12 +58,10 @@ def measure(options: argparse.Namespace, limit_gb: float, smallest: int, total: 
         began = time.perf_counter()
 
         def after_step() -> None:
-            if not marks or len(marks) == 1:
-                elapsed = time.perf_counter() - began
-                if elapsed >= options.seconds * (1 + len(marks)):
-                    if memory.device.type == "cuda":
-                        torch.cuda.synchronize()
-                    marks.append((time.perf_counter(), trainer.recorder.figures["samples"]))
+            if len(marks) < 2 and time.perf_counter() - began >= options.seconds * (1 + len(marks)):
+                if memory.device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append((time.perf_counter(), trainer.recorder.figures["samples"]))
 
         trainer.after_step = after_step
         trainer.should_stop = lambda: len(marks) == 2

@@ -18,9 +18,8 @@ import torch
 
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.engine.data import make_source
-from acmds_optimizer.engine.run import together
 from acmds_optimizer.engine.shares import Division, Standing, deal, divide, split
-from acmds_optimizer.engine.telemetry import Recorder
+from acmds_optimizer.engine.telemetry import Recorder, together
 from acmds_optimizer.zoo.datasets import DataBundle
 from tests import ranks
 

@@ -27,11 +27,6 @@ _BUCKET_NUMBERS = 2**23
 _BITS = 32
 
 
-def world_size_of_environment() -> int:
-    """How many processes torchrun has started for this run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """Meet the other processes that torchrun has started; alone without it.
@@ -44,7 +39,7 @@ def joined(device: str) -> Iterator[Ranks]:
             rest of what torchrun sets.
         RuntimeError: CUDA is not available and the CPU was not asked for.
     """
-    if world_size_of_environment() == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Ranks()
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:

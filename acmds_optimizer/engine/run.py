@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from acmds_optimizer.engine.epochs import EpochLog
 from acmds_optimizer.engine.flagged import TABLE, write_flagged
 from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import ScalarLog, open_scalar_logs
-from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_plain
+from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_plain, together
 from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.files import replacing
@@ -116,34 +116,21 @@ def run_training(
 def _open_records(trainer: ACMDSTrainer, config: TrainConfig, folder: Path, resume_step: int | None) -> None:
     """Begin to write the records of a run; of several processes, of this one."""
     logs: list[ScalarLog] = []
-    first = trainer.ranks.first
-    if not first:
-        folder = folder / f"rank{trainer.ranks.rank}"
+    ranks = trainer.ranks
+    if not ranks.first:
+        folder = folder / f"rank{ranks.rank}"
     try:
-        if first:
+        if ranks.first:
             logs = open_scalar_logs(config, folder, resume_step)
         folder.mkdir(parents=True, exist_ok=True)
-        if first:
+        if ranks.first:
             write_json(folder / "config.json", to_dict(config))
+            write_json(folder / "environment.json", environment(trainer.device) | {"processes": ranks.world_size})
     except OSError as error:
         raise ConfigError("output_dir", [f"{folder} cannot be written: {error}"]) from None
-    if first:
-        write_json(folder / "environment.json", environment(trainer.device) | {"processes": trainer.ranks.world_size})
     sums = trainer.recorder.state_dict()
     trainer.recorder = Recorder(folder, config.difficulty_window, resume_step, logs)
     trainer.recorder.load_state_dict(sums)
-
-
-def together(outcomes: Sequence[Outcome]) -> Outcome:
-    """The figures of a run of several processes: errors added up, memory of the card with the least left."""
-    if len(outcomes) == 1:
-        return outcomes[0]
-    figures: dict[str, Any] = {}
-    for names, join in ((_COUNTS, sum), (("peak_reserved_gb", "headroom_breach_fraction"), max), (_LEAST, min)):
-        for name in names:
-            values = [value for outcome in outcomes if (value := getattr(outcome, name)) is not None]
-            figures[name] = join(values) if values else None
-    return dataclasses.replace(outcomes[0], **figures)
 
 
 def _train(
@@ -246,8 +233,6 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
 
 _OF_ONE_CARD = ("device", "memory_limit_gb", "target_headroom_gb", "gc_threshold_gb", "num_workers", "output_dir")
 """Settings in which the processes of a run may differ."""
-_COUNTS = ("oom_events", "oom_recovered", "alloc_retries")
-_LEAST = ("headroom_min_gb",)
 
 _KNOWN = {"digits": ((1, 8, 8), 10, 1797), "cifar10": ((3, 32, 32), 10, 60_000), "cifar100": ((3, 32, 32), 100, 60_000)}
 """Shape of an image, classes and images of data sets that a dry run need not download."""

@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -106,6 +106,23 @@ class Outcome:
     epochs: int
     seconds: float
     stopped_early: bool = False
+
+
+_JOINED: dict[str, Callable[[list[Any]], Any]] = {
+    "oom_events": sum, "oom_recovered": sum, "alloc_retries": sum,
+    "peak_reserved_gb": max, "headroom_min_gb": min, "headroom_breach_fraction": max,
+}  # fmt: skip
+
+
+def together(outcomes: Sequence[Outcome]) -> Outcome:
+    """The figures of a run of several processes: errors added up, memory of the card with the least left."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    figures: dict[str, Any] = {}
+    for name, join in _JOINED.items():
+        values = [value for outcome in outcomes if (value := getattr(outcome, name)) is not None]
+        figures[name] = join(values) if values else None
+    return dataclasses.replace(outcomes[0], **figures)
 
 
 @dataclass(frozen=True)

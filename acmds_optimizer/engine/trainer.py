@@ -337,7 +337,11 @@ class ACMDSTrainer:
     def _forward_backward(
         self, batch: Batch, total: int, decision: Decision, work: float, *, odd: bool
     ) -> tuple[GuardedResult[torch.Tensor], list[int]]:
-        """Run the guarded part of a step, which alone includes the optimizer; its result and its micro-batches."""
+        """The guarded part of a step: all of it, or of several processes all but the optimizer.
+
+        Returns:
+            Its result, and the sizes of its micro-batches.
+        """
         if not len(batch):  # the last step of an epoch may be too small for all
             return GuardedResult(torch.empty(0, device=self.device), 0, ()), []
         self.controller.memory.track([batch.inputs, batch.targets])

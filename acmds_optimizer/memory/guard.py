@@ -218,18 +218,16 @@ class Guard:
             if message is None:
                 self._undo_optimizer = None
                 return tuple(events)
-            if self._undo_optimizer is not None:
-                self._undo_optimizer()
-                self._undo_optimizer = None
-            controller, size = self.controller, self.controller.batch_size
-            peak = controller.memory.read().peak_allocated_bytes
-            controller.memory.release_cache()
-            budget = controller.memory.read().budget_bytes
-            shortage, tries = shortage_bytes(message), len(events) + 1
-            events.append(OutOfMemoryEvent(tries, size, size, shortage, budget, peak, message.splitlines()[0]))
-            if tries > 2:
+            self._undo_step()
+            memory, size = self.controller.memory, self.controller.batch_size
+            peak = memory.read().peak_allocated_bytes
+            memory.release_cache()
+            budget, shortage = memory.read().budget_bytes, shortage_bytes(message)
+            said = message.splitlines()[0]
+            events.append(OutOfMemoryEvent(len(events) + 1, size, size, shortage, budget, peak, said))
+            if len(events) > 2:
                 raise OutOfMemoryForGoodError(self._advice(events[-1], "the optimizer's step does not fit"), events)
-            self._copy_on_host = controller.device.type == "cuda"
+            self._copy_on_host = memory.device.type == "cuda"
 
     def rehearse(
         self, attempt: Callable[[int], Any], micro_batch: int, failed: int = 0, *, sample_work: float = 1.0
@@ -336,9 +334,7 @@ class Guard:
         others = [(other, other.state_dict()) for other in self.others]
 
         def undo() -> None:
-            if self._undo_optimizer is not None:
-                self._undo_optimizer()
-                self._undo_optimizer = None
+            self._undo_step()
             self.optimizer.zero_grad(set_to_none=True)
             self._buffers.restore()
             torch.set_rng_state(cpu_rng)
@@ -349,6 +345,11 @@ class Guard:
                 other.load_state_dict(state)
 
         return undo
+
+    def _undo_step(self) -> None:
+        if self._undo_optimizer is not None:
+            self._undo_optimizer()
+            self._undo_optimizer = None
 
     def _atomic_step_counts(self) -> list[torch.Tensor] | None:
         """The step counts of an optimizer that changes all of a parameter group or nothing of it; None for others.
