@@ -64,14 +64,13 @@ def measure(options: argparse.Namespace, limit_gb: float, smallest: int, total: 
                 marks.append((time.perf_counter(), trainer.recorder.figures["samples"]))
 
         trainer.after_step = after_step
-        trainer.should_stop = lambda: len(marks) == 2
+        trainer.should_stop = lambda: ranks.first and len(marks) == 2  # the clocks of two differ by a step
         trainer.fit()
         outcome = trainer.recorder.outcome(epochs=0, seconds=0.0)
         division = trainer.team.division if trainer.team is not None else None
     memory.close()
-    (start, before), (end, after) = marks
     return {
-        "rate": (after - before) / (end - start),
+        "rate": (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0]) if len(marks) == 2 else 0.0,
         "shares": division.shares if division else (total,),
         "micro_batch": trainer.controller.batch_size,
         "peak_gb": outcome.peak_reserved_gb,

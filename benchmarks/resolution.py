@@ -4,9 +4,11 @@ usage: python -m benchmarks.resolution --data /tmp/cifar --out resolution.csv --
        python -m benchmarks.resolution --data /tmp/cifar --out resolution_cpu.csv --device cpu --images cifar \
            --model small_cnn --samples 5000 --batch 128 --lr 0.1 --memory-gb 0.15 --epochs 10
 
-For each seed three runs with the same settings: full size throughout; stages, as many epochs; and full size again with
-its schedule fitted to the wall time that the stages took (`full in that time`). Each visible GPU runs seeds of its own.
-Wall time is that of training, captures of graphs and rehearsals included, without validation.
+For each seed runs with the same settings: full size throughout; stages, one run a plan; and full size again with its
+schedule fitted to the wall time that the first plan's stages took (`full in that time`). A plan is
+START:STAGES:EPOCHS, as in 0.5:3:17: three sizes, the first of half the side, and 17 epochs, since epochs of small
+images are short. Each visible GPU runs seeds of its own. Wall time is that of training, captures of graphs and
+rehearsals included, without validation.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ COLUMNS = (
     "arm", "seed", "epochs", "accuracy", "samples", "seconds", "micro_batches", "headroom_breach_fraction",
     "oom_events", "device", "torch", "curve",
 )  # fmt: skip
-ARMS = ("full", "stages", "full in that time")
+FULL, FITTED = "full", "full in that time"
 FULL_EPOCHS = 10_000
 """More than fit into any wall time: `max_seconds` then sets the schedule."""
 
@@ -99,23 +101,30 @@ def work(data: str, device: str, seeds: list[int], arguments: argparse.Namespace
     shape = tuple(train.images.shape[1:])
     bundle = DataBundle(train, val, curriculum_data.CLASSES, None, shape, *CIFAR_STATISTICS["cifar10"], crop="pad")
     common = settings(arguments)
-    staged = {"start_resolution": arguments.start, "resolution_stages": arguments.stages}
+    arms: dict[str, dict[str, Any]] = {FULL: {"epochs": arguments.epochs}}
+    for plan in arguments.plans:
+        start_resolution, stages, epochs = plan.split(":")
+        arms[named(plan)] = {
+            "start_resolution": float(start_resolution), "resolution_stages": int(stages), "epochs": int(epochs),
+        }  # fmt: skip
     longest = 0.0
     for seed in seeds:
-        taken = 0.0
-        for arm in ARMS:
+        taken = {}
+        for arm in (*arms, FITTED):
             if arguments.deadline and time.time() - began + longest > arguments.deadline:
                 rows.put(f"seed {seed}, {arm}: left out, the deadline")
                 continue
-            more: dict[str, Any] = {"epochs": arguments.epochs} if arm != ARMS[2] else {
-                "epochs": FULL_EPOCHS, "max_seconds": taken,
-            }  # fmt: skip
+            more = arms.get(arm) or {"epochs": FULL_EPOCHS, "max_seconds": taken[named(arguments.plans[0])]}
             start = time.perf_counter()
-            row = run(arm, seed, bundle, device, common, **more, **(staged if arm == "stages" else {}))
+            row = run(arm, seed, bundle, device, common, **more)
             longest = max(longest, time.perf_counter() - start)
-            taken = row["seconds"]
+            taken[arm] = row["seconds"]
             rows.put(row)
     rows.put(None)
+
+
+def named(plan: str) -> str:
+    return f"stages {plan}"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -126,7 +135,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         by_seed.setdefault(int(row["seed"]), {})[row["arm"]] = {**row, **numbers, "curve": curve}
     print("| arm | n | accuracy % | less full, points | wall time s | of full | samples | micro-batches | not kept |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
-    for arm in ARMS:
+    arms_seen = list(dict.fromkeys(row["arm"] for row in rows))
+    for arm in arms_seen:
         mine = [(arms[arm], arms["full"]) for arms in by_seed.values() if arm in arms and "full" in arms]
         if not mine:
             continue
@@ -142,13 +152,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             mean_se([float(row["headroom_breach_fraction"]) for row, _ in mine]),
         ]
         print("| " + " | ".join(cells) + " |")
-    read_off = [
-        100 * at_time(arms["full"], arms["stages"]["seconds"])
-        for arms in by_seed.values()
-        if "full" in arms and "stages" in arms
-    ]
-    if read_off:
-        print(f"\nThe full run, read off its own curve at the wall time of the stages: {mean_se(read_off)} %.")
+    for arm in arms_seen:
+        pairs = [(arms[FULL], arms[arm]) for arms in by_seed.values() if FULL in arms and arm in arms]
+        if pairs and arm not in (FULL, FITTED):
+            read_off = [100 * at_time(full, staged["seconds"]) for full, staged in pairs]
+            print(f"\nThe full run, read off its own curve at the wall time of {arm}: {mean_se(read_off)} %.")
 
 
 def main() -> None:
@@ -166,8 +174,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="effective batch, and largest micro-batch")
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--memory-gb", type=float, default=7.0)
-    parser.add_argument("--start", type=float, default=0.5)
-    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--plans", nargs="+", default=["0.5:3:16"], metavar="START:STAGES:EPOCHS")
     parser.add_argument("--deadline", type=float, help="seconds; no run is started that would end later")
     arguments = parser.parse_args()
     arguments.on_cpu = arguments.device == ["cpu"]

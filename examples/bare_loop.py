@@ -25,7 +25,7 @@ EPOCHS, SAMPLES, BATCH = 4, 512, 128
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 device = parser.parse_args().device
-side, limit_gb = (12, 16 / 1024) if device == "cpu" else (64, 1.0)
+side, limit_gb = (12, 16 / 1024) if device == "cpu" else (64, 0.75)
 
 # --- any model, optimizer and data
 torch.manual_seed(0)

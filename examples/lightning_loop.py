@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
     device = parser.parse_args().device
-    side, limit_gb = (12, 16 / 1024) if device == "cpu" else (64, 1.0)
+    side, limit_gb = (12, 16 / 1024) if device == "cpu" else (64, 0.75)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)

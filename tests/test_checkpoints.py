@@ -209,7 +209,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_nothing_is_writt
 @pytest.mark.parametrize("name", ["step", "reserved_ratio", "highest_allocated", "law", "peaks", "times"])
 def test_a_controllers_state_that_is_damaged_is_refused_and_changes_nothing(name):
     controller = MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=1.0, target_headroom_gb=0.1))
-    controller.observe(controller.decide().batch, peak_bytes=2**20)
+    controller.observe(controller.decide().batch, excess_bytes=2**20)
     state = controller.state_dict()
     before, damaged = (controller.step, controller.state), state | {name: "text"}
     with pytest.raises((TypeError, ValueError, AttributeError)):

@@ -117,7 +117,10 @@ def test_a_real_error_on_the_card_loses_no_sample(amp_dtype):
     trainer = make(amp_dtype=amp_dtype, min_batch_size=64, max_batch_size=256, count=2048)
     with trainer:
         first = trainer.train_epoch()["epoch_loss"]
-        squeeze(trainer, 1.0)  # without a word to the controller, which reads it only after the error
+        reading = trainer.controller.reading
+        needed = reading.peak_allocated_bytes - reading.allocated_bytes
+        # without a word to the controller, which reads it only after the error
+        squeeze(trainer, (reading.allocated_bytes + needed / 2) / GIB)
         trainer.train_epoch()
         squeeze(trainer, 8.0)
         last = trainer.train_epoch()["epoch_loss"]

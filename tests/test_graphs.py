@@ -134,7 +134,7 @@ def test_graphs_are_dropped_for_a_larger_size_that_is_to_run_not_for_one_that_wa
     _, step = step_of(True)
     assert step.graphs is not None
     controller = step.guard.controller
-    controller.observe(512, peak_bytes=2**20)
+    controller.observe(512, excess_bytes=2**20)
     step.graphs._graphs = {captured: cast(Any, None)}
     decision = dataclasses.replace(controller.decide(), batch=decided, reason="hold")
     assert step.graphs.make_room(decision, micro_batch, 1.0, odd=odd) == micro_batch

@@ -339,3 +339,46 @@ def test_creating_the_optimizer_state_ahead_changes_no_step(kind):
         return [p.detach().clone() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_memory_that_this_process_takes_itself_moves_the_predictions_and_is_used_again_when_it_is_free():
+    torch.manual_seed(0)
+    memory = BudgetedCpuMemory(12 * 2**20)
+    config = CurriculumConfig(
+        memory_limit_gb=12 / 1024, target_headroom_gb=1.5 / 1024, min_batch_size=16, max_batch_size=128,
+        effective_batch_size=128, knee_gain_fraction=0.0,
+    )  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    controller = MemoryPressureController(memory=memory, config=config)
+    guard = Guard(model, optimizer, controller)
+    inputs = torch.rand(128, 3, 16, 16)
+    memory.track([inputs])
+
+    def attempt(micro_batch: int) -> None:
+        for part in inputs.split(micro_batch):
+            model(part).sum().backward()
+        guard.optimizer_step()
+
+    def steps(count: int) -> tuple[list[int], int]:
+        sizes, errors = [], 0
+        for _ in range(count):
+            result = guard.run(attempt, controller.decide().batch)
+            controller.observe(result.micro_batch)
+            sizes.append(result.micro_batch)
+            errors += len(result.events)
+        return sizes, errors
+
+    alone, errors = steps(10)
+    assert errors == 0
+    taken = torch.empty(5 * 2**20, dtype=torch.uint8)
+    memory.track([taken])
+    beside, errors = steps(20)
+    assert errors <= 1
+    assert 16 <= beside[-1] < alone[-1]
+    peak = controller.reading.peak_allocated_bytes
+    assert controller.state.peaks.predict(beside[-1]) == pytest.approx(peak, rel=0.01)
+    del taken
+    again, errors = steps(20)
+    assert errors == 0
+    assert again[-1] == alone[-1]

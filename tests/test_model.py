@@ -41,6 +41,14 @@ def test_one_size_is_extrapolated_by_the_line_from_what_is_there_between_steps()
     assert model.predict(12) == pytest.approx(800 + 3 * (line(4) - 800))
 
 
+def test_what_lies_between_steps_moves_every_prediction_as_soon_as_it_is_measured():
+    model = taught([(w, line(w)) for w in (8, 32, 128)], base=600.0)
+    after = model.observe(8, line(8) + 4000.0, 4600.0, 10)
+    assert [after.predict(w) for w in (8, 32, 128, 512)] == pytest.approx([line(w) + 4000.0 for w in (8, 32, 128, 512)])
+    assert after.residuals[-1] == pytest.approx(0.0)
+    assert after.work_within(line(100) + 4000.0) == pytest.approx(model.work_within(line(100)), rel=0.1)
+
+
 def test_extrapolation_is_never_too_low_past_any_hinge():
     for seed in range(300):
         r = random.Random(seed)
@@ -109,7 +117,7 @@ def test_an_extrapolation_that_was_wrong_does_not_widen_the_margin():
 
 def test_one_stray_peak_is_not_learned_from():
     model = taught([(w, line(w)) for w in (8, 32, 128)], times=12)
-    after = model.observe(128, 1.5 * line(128), 500.0, 50)
+    after = model.observe(128, 1.5 * line(128), 0.0, 50)
     assert after.predict(128) == model.predict(128)
     assert after.margin_fraction < 0.01
 
@@ -138,7 +146,7 @@ def test_what_was_seen_once_is_forgotten_after_500_steps_and_the_smallest_never(
 def test_thousands_of_steps_at_one_size_leave_the_others_known():
     model = taught([(w, line(w)) for w in (8, 32)], times=8)
     for step in range(16, 3000):
-        model = model.observe(128, line(128), 500.0, step)
+        model = model.observe(128, line(128), 0.0, step)
     assert model.predict(32) == pytest.approx(line(32))
 
 

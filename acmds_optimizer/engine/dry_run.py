@@ -14,6 +14,7 @@ from acmds_optimizer.engine.data import RESIDENT_LIMIT_BYTES
 from acmds_optimizer.engine.loss import make_loss
 from acmds_optimizer.engine.prepare import amp_dtype, build_optimizer, checkpoint_activations
 from acmds_optimizer.errors import DataError
+from acmds_optimizer.memory.device import open_memory
 from acmds_optimizer.memory.guard import create_optimizer_state
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
 
@@ -61,7 +62,8 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
     """Peak memory of training steps of `model`, without a GPU and without the memory.
 
     Counted are weights, gradients, optimizer state, averaged weights, activations, the inputs of a step, and data that
-    stays on the device. Not counted are workspaces of cuDNN and fragmentation.
+    stays on the device; where the configuration's GPU is at hand, also the workspaces that its matrix products keep.
+    Not counted are workspaces of convolutions and fragmentation.
 
     Args:
         model: on the CPU; its parameters are fake afterwards.
@@ -80,6 +82,7 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
         average = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     held = config.step_samples if config.batch_policy == "hold" else 0
     input_bytes = 4 * torch.Size(shape).numel() + 24  # and target, index and weight
+    kept = average + resident_bytes + _workspace_bytes(config)
     peaks: list[int] = []
     layers: list[tuple[str, str, int, str]] = []
     for size in _SIZES:
@@ -88,7 +91,7 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"--dry-run: {config.model} does not run on inputs {shape} without data: {said}") from error
-        peaks.append(peak + average + resident_bytes + max(0, held - size) * input_bytes)
+        peaks.append(peak + kept + max(0, held - size) * input_bytes)
     parameters = list(model.parameters())
     return Prediction(
         layers,
@@ -97,6 +100,24 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
         _SIZES,
         tuple(peaks),
     )
+
+
+def _workspace_bytes(config: TrainConfig) -> int:
+    """What the libraries of the GPU keep once matrices were multiplied in a forward and a backward pass."""
+    if not config.device.startswith("cuda") or not torch.cuda.is_available():
+        return 0
+    try:
+        memory = open_memory(config.device)
+        before = memory.read().allocated_bytes
+        layer = nn.Linear(64, 64, device=config.device)
+        inputs = torch.ones(64, 64, device=config.device, requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=config.enable_amp):
+            outputs = layer(inputs)
+        outputs.float().sum().backward()
+        del layer, inputs, outputs
+        return max(0, memory.read().allocated_bytes - before)
+    except RuntimeError:  # a card that is full, or refuses: the prediction does without
+        return 0
 
 
 _Tensors = list[tuple[nn.Module, dict[str, nn.Parameter | None], dict[str, Tensor | None]]]

@@ -79,6 +79,7 @@ class GraphedMicroBatches:
         """Which parameters had a gradient in the steps so far."""
         self._zero = True
         self._graphs: dict[int, _Captured] = {}
+        self._excess_bytes: dict[int, int] = {}
         self._optimizer: _CapturedOptimizer | None = None
         self._optimizer_uses = 0
         self._optimizer_eager = not _can_be_captured(step.guard.optimizer)
@@ -207,14 +208,22 @@ class GraphedMicroBatches:
         logger.info("CUDA graphs: off for micro-batches of %d, %+.1f %% is too little", size, 100 * gain)
         self._not_faster.add(size)
         del self._graphs[size]
+        self._excess_bytes.pop(size, None)
         if not self._graphs:
             self.release()
         self._step.guard.controller.memory.release_cache(collect=False)  # the pool's blocks are of no use to others
 
-    def peak_bytes(self, size: int) -> int | None:
-        """Peak of a replayed micro-batch, measured at capture, since a replay asks the allocator for nothing."""
-        captured = self._graphs.get(size)
-        return captured.peak_bytes if captured else None
+    def excess_bytes(self, size: int) -> int:
+        """Peak of a replayed micro-batch above what lies between steps, since a replay asks the allocator for nothing.
+
+        0 where it is not known: no such graph, or its step is not over.
+        """
+        return self._excess_bytes.get(size, 0)
+
+    def end_step(self, base_bytes: int) -> None:
+        """Learn what lies between steps after those in which graphs were captured, their buffers included."""
+        for size, captured in self._graphs.items():
+            self._excess_bytes.setdefault(size, max(0, captured.peak_bytes - base_bytes))
 
     @property
     def largest(self) -> int:
@@ -246,6 +255,11 @@ class GraphedMicroBatches:
             return micro_batch
         return int(min(room, micro_batch))
 
+    def clear_surroundings(self) -> None:
+        """Give back the blocks that eager work has left beside the pool, which no replay can use."""
+        if self._graphs:
+            self._step.guard.controller.memory.release_cache(collect=False)
+
     def drop_above(self, micro_batch: int) -> None:
         """Drop the graphs and give their memory back, if a larger size than this is captured."""
         if self.largest > micro_batch:
@@ -255,6 +269,7 @@ class GraphedMicroBatches:
     def release(self) -> None:
         """Drop all graphs and their memory; sizes that are used again are captured again."""
         self._graphs.clear()
+        self._excess_bytes.clear()
         self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
         self.pool_bytes = 0
         self._optimizer = None

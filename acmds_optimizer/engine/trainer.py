@@ -331,6 +331,8 @@ class ACMDSTrainer:
         self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
         self.sampler.position += total
         result = dataclasses.replace(result, value=losses)
+        if odd and self.train_step.graphs is not None:
+            self.train_step.graphs.clear_surroundings()
         self._observe(decision, total, result, sizes, work, before, lr, began)
         self.step += 1
 
@@ -454,10 +456,12 @@ class ACMDSTrainer:
         if not sizes:
             sizes = [0]
         graphs, releases = self.train_step.graphs, self.controller.releases
-        peak_bytes = graphs.peak_bytes(sizes[0]) if graphs else None
         reading = before
         if sizes[0]:
-            reading = self.controller.observe(sizes[0], sample_work=work, peak_bytes=peak_bytes)
+            excess = graphs.excess_bytes(sizes[0]) if graphs is not None else 0
+            reading = self.controller.observe(sizes[0], sample_work=work, excess_bytes=excess)
+        if graphs is not None:
+            graphs.end_step(reading.allocated_bytes)
         for size, seconds, replayed in self._clock.timings():
             self.controller.time(size, seconds)
             if graphs is not None:
@@ -558,6 +562,8 @@ class ACMDSTrainer:
             self.final_model, lambda model, inputs: step.logits(inputs, model), step.loss.own, self.val_source,
             self.controller, self.ranks,
         )  # fmt: skip
+        if step.graphs is not None:
+            step.graphs.clear_surroundings()
         self.controller.begin_step()
         self._report(force=True)
         return self.last_evaluation

@@ -126,7 +126,7 @@ class MemoryPressureController:
         *,
         sample_work: float = 1.0,
         base_bytes: int | None = None,
-        peak_bytes: int | None = None,
+        excess_bytes: int = 0,
     ) -> MemoryReading:
         """Learn from a finished step: reads the peak once, and starts the next.
 
@@ -136,23 +136,25 @@ class MemoryPressureController:
             batch: samples in its largest micro-batch.
             sample_work: size of its largest sample relative to the usual one.
             base_bytes: allocated between steps; None: as read now.
-            peak_bytes: peak of the step, where the allocator cannot tell (a replayed CUDA graph); None: as read.
+            excess_bytes: what the step's peak is at least above what lies between steps, for what the allocator cannot
+                tell (a replayed CUDA graph).
 
         Returns:
             The reading, whose peaks are those of the step.
         """
         reading = self.memory.read()
-        if peak_bytes is not None:
-            reading = dataclasses.replace(reading, peak_allocated_bytes=max(peak_bytes, reading.peak_allocated_bytes))
+        if reading.peak_allocated_bytes < reading.allocated_bytes + excess_bytes:
+            reading = dataclasses.replace(reading, peak_allocated_bytes=reading.allocated_bytes + excess_bytes)
         self._reading = reading
         self.memory.reset_peak()
-        self._learn_reserved_ratio(reading)
+        base = base_bytes if base_bytes is not None else reading.allocated_bytes
+        self._learn_reserved_ratio(reading, base)
         seen = law.Observation(
             step=self.step,
             batch=batch,
             work=batch * sample_work,
-            peak_bytes=reading.peak_allocated_bytes * self._reserved_ratio,
-            base_bytes=float(base_bytes if base_bytes is not None else reading.allocated_bytes),
+            peak_bytes=base + (reading.peak_allocated_bytes - base) * self._reserved_ratio,
+            base_bytes=float(base),
             budget_bytes=reading.budget_bytes,
         )
         self.state = law.observe(self.state, seen, self.limits)
@@ -196,15 +198,17 @@ class MemoryPressureController:
             budget_bytes=self._reading.budget_bytes,
             shortage_bytes=shortage_bytes,
             attempt=attempt,
+            base_bytes=float(self._reading.allocated_bytes),
         )
         self.state, decision = law.fail(self.state, failure, self.limits)
         return decision
 
-    def _learn_reserved_ratio(self, reading: MemoryReading) -> None:
-        # reserved never falls by itself, so it belongs to the highest allocated since the cache was last released
-        if reading.peak_allocated_bytes >= 0.98 * self._highest_allocated and reading.peak_allocated_bytes > 0:
+    def _learn_reserved_ratio(self, reading: MemoryReading, base: int) -> None:
+        # of what comes and goes, since what stays leaves no gaps. Reserved never falls by itself, so it belongs to the
+        # highest allocated since the cache was last released
+        if reading.peak_allocated_bytes >= 0.98 * self._highest_allocated and reading.peak_allocated_bytes > base:
             self._highest_allocated = max(self._highest_allocated, reading.peak_allocated_bytes)
-            ratio = reading.peak_reserved_bytes / reading.peak_allocated_bytes
+            ratio = (reading.peak_reserved_bytes - base) / (reading.peak_allocated_bytes - base)
             self._reserved_ratio += 0.3 * (max(1.0, min(ratio, 2.0)) - self._reserved_ratio)
 
     def emergency_gc(self) -> bool:

@@ -91,7 +91,7 @@ class Observation:
     work: float
     """Work of its largest micro-batch: samples times the size of a sample."""
     peak_bytes: float
-    """Peak allocated bytes, times the ratio of reserved to allocated."""
+    """Peak allocated bytes, what lies above `base_bytes` times the ratio of reserved to allocated."""
     base_bytes: float
     """Allocated between steps: weights, optimizer state, resident data."""
     budget_bytes: float
@@ -109,6 +109,8 @@ class Failure:
     """What the failed allocation lacked; 0 where it is not known. The step may have needed more."""
     attempt: int = 1
     """How many times in a row the step has failed now."""
+    base_bytes: float | None = None
+    """Allocated once the step was undone; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,8 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
     and so on, unless the budget grows by 5 %.
     """
     sample_work = failure.work / failure.batch
+    if failure.base_bytes is not None:
+        state = replace(state, peaks=replace(state.peaks, base=failure.base_bytes))
     share = 0.5
     if failure.shortage_bytes > 0 and failure.attempt == 1:
         usable = max(0.0, failure.budget_bytes - state.peaks.base)

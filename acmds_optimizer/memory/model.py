@@ -1,10 +1,11 @@
 """Peak memory and time of a step as functions of its work, learned while training. No torch, no clock.
 
-Every moment of a step holds `a + b * work` bytes (work: samples times the size of a sample), and `a` is never less
-than what lies there between steps. The peak is the largest of these lines, so it is a hinge and then a straight line,
-or several: it bends upwards only. Between two amounts of work that were seen, the straight line is therefore never too
-low; beyond the largest, neither is the line from the bytes between steps through that largest peak. A log-log line is
-40 % too low when it is extrapolated (docs/memory.md).
+Every moment of a step holds `a + b * work` bytes (work: samples times the size of a sample) above what lies there
+between steps, and `a` is never negative. The peak is the largest of these lines, so it is a hinge and then a
+straight line, or several: it bends upwards only. Between two amounts of work that were seen, the straight line is
+therefore never too low; beyond the largest, neither is the line from the origin through it. A log-log line is 40 % too
+low when it is extrapolated (docs/memory.md). What lies there between steps is measured, not learned: when it changes,
+all predictions do at once.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ class Bin:
     key: int
     """Eighths of an octave."""
     work: float
-    peak: float
+    excess: float
+    """Bytes of the peak above what lay there between steps."""
     count: int
     step: int
+
+
+_ORIGIN = Bin(0, 0.0, 0.0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class PeakModel:
     @property
     def largest_peak(self) -> float:
         """Peak bytes at the largest work remembered; 0 before the first step."""
-        return self.bins[-1].peak if self.bins else 0.0
+        return self.predict(self.largest_work)
 
     def predict(self, work: float) -> float:
         """Expected peak bytes of a step with this much work; grows with it, but for noise; 0 before the first step."""
@@ -85,10 +90,10 @@ class PeakModel:
             return 0.0
         place = bisect_left(self.bins, work, key=_work)
         if place == len(self.bins):
-            return self.bins[-1].peak + self.slope * (work - self.bins[-1].work)
+            return self.base + self.bins[-1].excess + self.slope * (work - self.bins[-1].work)
         high = self.bins[place]
-        low = self.bins[place - 1] if place else Bin(0, 0.0, min(self.base, high.peak), 0, 0)
-        return low.peak + (high.peak - low.peak) * (work - low.work) / (high.work - low.work)
+        low = self.bins[place - 1] if place else _ORIGIN
+        return self.base + low.excess + (high.excess - low.excess) * (work - low.work) / (high.work - low.work)
 
     def extrapolates(self, work: float) -> bool:
         """Whether this is more work than the model knows of."""
@@ -96,28 +101,28 @@ class PeakModel:
 
     def least(self, work: float) -> float:
         """The least peak bytes to expect of a step with more work than any seen, margin included."""
-        return (self.bins[-1].peak + self.least_slope * (work - self.largest_work)) * (1.0 + self.margin_fraction)
+        return (self.largest_peak + self.least_slope * (work - self.largest_work)) * (1.0 + self.margin_fraction)
 
     def work_within(self, limit_bytes: float) -> float:
         """The most work whose expected peak, margin included, is at most `limit_bytes`; 0 where none is."""
-        usable = limit_bytes / (1.0 + self.margin_fraction)
-        if not self.bins or usable <= 0.0:
+        usable = limit_bytes / (1.0 + self.margin_fraction) - self.base
+        if not self.bins or usable < 0.0:
             return 0.0
         low = self.bins[-1]
-        if low.peak <= usable:
-            return low.work + (usable - low.peak) / self.slope if self.slope > 0.0 else math.inf
+        if low.excess <= usable:
+            return low.work + (usable - low.excess) / self.slope if self.slope > 0.0 else math.inf
         for place in range(len(self.bins) - 1, -1, -1):
             high = self.bins[place]
-            low = self.bins[place - 1] if place else Bin(0, 0.0, self.base, 0, 0)
-            if low.peak <= usable:
-                return low.work + (high.work - low.work) * (usable - low.peak) / (high.peak - low.peak)
+            low = self.bins[place - 1] if place else _ORIGIN
+            if low.excess <= usable:
+                return low.work + (high.work - low.work) * (usable - low.excess) / (high.excess - low.excess)
         return 0.0
 
     def observe(self, work: float, peak: float, base: float, step: int) -> PeakModel:
         """The model after a step with `work` reached `peak` bytes, `base` bytes of which were there before it."""
-        residuals = self.residuals
+        residuals, expected = self.residuals, replace(self, base=base).predict(work)
         if not self.extrapolates(work):
-            residuals = (*residuals[1 - _RESIDUALS :], peak / max(self.predict(work), 1.0) - 1.0)
+            residuals = (*residuals[1 - _RESIDUALS :], peak / max(expected, 1.0) - 1.0)
             if abs(residuals[-1]) > _SURPRISE and len(residuals) > 1:
                 if min(residuals[-2:]) > _SURPRISE or max(residuals[-2:]) < -_SURPRISE:
                     return PeakModel().observe(work, peak, base, step)
@@ -125,21 +130,22 @@ class PeakModel:
                     return replace(self, residuals=residuals, base=base, margin_fraction=_margin(residuals))
         key = _key(work)
         bins = []
-        seen = Bin(key, work, peak, 1, step)
+        excess = max(0.0, peak - base)
+        seen = Bin(key, work, excess, 1, step)
         for place, old in enumerate(self.bins):
             if old.key == key:
                 # the first step at a size may have searched for kernels: the second replaces it
                 share = max(1.0 / old.count, 0.2)
-                mean_work, mean_peak = old.work + share * (work - old.work), old.peak + share * (peak - old.peak)
-                seen = Bin(key, mean_work, mean_peak, old.count + 1, step)
+                mean_work = old.work + share * (work - old.work)
+                seen = Bin(key, mean_work, old.excess + share * (excess - old.excess), old.count + 1, step)
             elif place == 0 or step - old.step < _BELIEF_STEPS * min(old.count, 8):
                 bins.append(old)
         bins.insert(bisect_left(bins, seen.work, key=_work), seen)
-        return PeakModel(tuple(bins), residuals, base, *_slopes(bins, base), _margin(residuals))
+        return PeakModel(tuple(bins), residuals, base, *_slopes(bins), _margin(residuals))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Plain numbers, for a checkpoint."""
-        rows = [[bin_.work, bin_.peak, float(bin_.count), float(bin_.step)] for bin_ in self.bins]
+        rows = [[bin_.work, bin_.excess, float(bin_.count), float(bin_.step)] for bin_ in self.bins]
         return {
             "bins": rows,
             "residuals": [list(self.residuals)],
@@ -149,7 +155,7 @@ class PeakModel:
     @staticmethod
     def from_state_dict(state: dict[str, list[list[float]]]) -> PeakModel:
         """The model that gave this `state_dict`."""
-        bins = tuple(Bin(_key(work), work, peak, int(count), int(step)) for work, peak, count, step in state["bins"])
+        bins = tuple(Bin(_key(row[0]), row[0], row[1], int(row[2]), int(row[3])) for row in state["bins"])
         return PeakModel(bins, tuple(state["residuals"][0]), *state["line"][0])
 
 
@@ -169,27 +175,27 @@ def _margin(residuals: tuple[float, ...]) -> float:
     return min(1.0, max(_LEAST_MARGIN, sorted(residuals)[-1 - strays]))
 
 
-def _slopes(bins: list[Bin], base: float) -> tuple[float, float]:
+def _slopes(bins: list[Bin]) -> tuple[float, float]:
     """Bytes a unit of work beyond the largest seen, at most and at least.
 
     At least what least squares say of the upper four octaves. That is also the most where three or more lie on one
-    rising line; else it is the line from `base` through the largest, which is never too low.
+    rising line; else it is the line from the origin through the largest, which is never too low.
     """
     top = bins[-1]
-    ray = max(0.0, top.peak - base) / top.work
+    ray = top.excess / top.work
     chosen = [bin_ for bin_ in bins if bin_.work >= top.work / 2**_FIT_OCTAVES]
     if len(chosen) < 2:
         return ray, 0.0
     weights = [min(bin_.count, 8) for bin_ in chosen]
     total = sum(weights)
     mean_work = sum(w * bin_.work for w, bin_ in zip(weights, chosen, strict=True)) / total
-    mean_peak = sum(w * bin_.peak for w, bin_ in zip(weights, chosen, strict=True)) / total
+    mean = sum(w * bin_.excess for w, bin_ in zip(weights, chosen, strict=True)) / total
     spread = sum(w * (bin_.work - mean_work) ** 2 for w, bin_ in zip(weights, chosen, strict=True))
-    slope = sum(w * (b.work - mean_work) * (b.peak - mean_peak) for w, b in zip(weights, chosen, strict=True)) / spread
+    slope = sum(w * (b.work - mean_work) * (b.excess - mean) for w, b in zip(weights, chosen, strict=True)) / spread
     slope = max(0.0, slope)
-    rise = top.peak - chosen[0].peak
-    if len(chosen) >= 3 and rise >= _LEAST_RISE * top.peak:  # less may be a hinge's floor, and noise
-        furthest = max(abs(bin_.peak - mean_peak - slope * (bin_.work - mean_work)) for bin_ in chosen)
+    rise = top.excess - chosen[0].excess
+    if len(chosen) >= 3 and rise >= _LEAST_RISE * top.excess:  # less may be a hinge's floor, and noise
+        furthest = max(abs(bin_.excess - mean - slope * (bin_.work - mean_work)) for bin_ in chosen)
         if furthest <= _STRAIGHT * rise:
             return slope, slope
     return max(slope, ray), slope
