@@ -35,14 +35,15 @@ COLUMNS = (
     "peak_gb_1", "oom_events",
 )  # fmt: skip
 _CLASSES = 100
-_IMAGES = 1024
+_IMAGES, _TIMES = 1024, 8
+"""So many images, each so many times: an epoch of thousands, as real ones are."""
 
 
 def measure(options: argparse.Namespace, limit_gb: float, smallest: int, total: int, ranks: Ranks) -> dict[str, Any]:
     """Images a second of one run, of all its processes, after as long a warm-up; and how the run stood."""
     torch.manual_seed(0)
     side = options.image_size
-    images = torch.randint(0, 256, (_IMAGES, 3, side, side), dtype=torch.uint8)
+    images = torch.randint(0, 256, (_IMAGES, 3, side, side), dtype=torch.uint8).repeat(_TIMES, 1, 1, 1)
     model = build_model(options.model, _CLASSES, in_channels=3, image_size=side)
     config = TrainConfig(
         target_headroom_gb=options.headroom_gb, min_batch_size=smallest, max_batch_size=options.batch,
@@ -51,7 +52,7 @@ def measure(options: argparse.Namespace, limit_gb: float, smallest: int, total: 
     )  # fmt: skip
     memory = open_memory(options.device, limit_gb)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    dataset = TensorImages(images, torch.arange(_IMAGES) % _CLASSES)
+    dataset = TensorImages(images, torch.arange(len(images)) % _CLASSES)
     marks: list[tuple[float, float]] = []
 
     with ACMDSTrainer(model, dataset, optimizer, config, memory=memory, ranks=ranks) as trainer:

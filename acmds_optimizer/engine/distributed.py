@@ -279,13 +279,17 @@ class Ranks:
         """Put the mean over all processes in the place of the running statistics of normalisations."""
         if not self.several:
             return
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+        if not statistics:
+            return
         with naming_failures(), torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    for statistic in (module.running_mean, module.running_var):
-                        if statistic is not None:
-                            dist.all_reduce(statistic)
-                            statistic /= self.world_size
+            together = torch.cat([statistic.reshape(-1) for statistic in statistics])
+            dist.all_reduce(together)
+            together /= self.world_size
+            means = together.split([statistic.numel() for statistic in statistics])
+            for statistic, mean in zip(statistics, means, strict=True):
+                statistic.copy_(mean.view_as(statistic))
 
 
 @contextlib.contextmanager

@@ -216,7 +216,7 @@ class GraphedMicroBatches:
     def excess_bytes(self, size: int) -> int:
         """Peak of a replayed micro-batch above what lies between steps, since a replay asks the allocator for nothing.
 
-        0 where it is not known: no such graph, or its step is not over.
+        0 where it is not known yet, in the step of the capture.
         """
         return self._excess_bytes.get(size, 0)
 

@@ -111,7 +111,8 @@ class Shifts:
     def cut(self, images: Tensor, chosen: Tensor, start: int, stop: int) -> Tensor:
         """Shifted and flipped `images[chosen]`, as the samples at positions start to stop.
 
-        Equal to padding with black, RandomCrop at (row, column), then a horizontal flip, in one gather.
+        Equal to padding with black, RandomCrop at (row, column), then a horizontal flip. Rows and columns are gathered
+        one after the other: indices used together are written out, 32 bytes for each byte of the images.
 
         Args:
             images: (n, C, H, W) uint8.
@@ -127,12 +128,10 @@ class Shifts:
         column = torch.where(self.flips[start:stop, None], width - 1 - column, column)
         column = column + (self.columns[start:stop, None] - pad_columns)
         inside = ((row >= 0) & (row < height))[:, None, :, None] & ((column >= 0) & (column < width))[:, None, None, :]
-        picked = images[
-            chosen[:, None, None, None],
-            torch.arange(channels, device=device)[None, :, None, None],
-            row.clamp_(0, height - 1)[:, None, :, None],
-            column.clamp_(0, width - 1)[:, None, None, :],
-        ]
+        shape = (len(chosen), channels, height, width)
+        picked = images.index_select(0, chosen)
+        picked = picked.gather(2, row.clamp_(0, height - 1)[:, None, :, None].expand(shape))
+        picked = picked.gather(3, column.clamp_(0, width - 1)[:, None, None, :].expand(shape))
         return picked.mul_(inside)
 
 

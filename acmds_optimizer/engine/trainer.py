@@ -458,7 +458,7 @@ class ACMDSTrainer:
         graphs, releases = self.train_step.graphs, self.controller.releases
         reading = before
         if sizes[0]:
-            excess = graphs.excess_bytes(sizes[0]) if graphs is not None else 0
+            excess = graphs.excess_bytes(sizes[0]) if graphs is not None and graphs.replayed else None
             reading = self.controller.observe(sizes[0], sample_work=work, excess_bytes=excess)
         if graphs is not None:
             graphs.end_step(reading.allocated_bytes)

@@ -126,7 +126,7 @@ class MemoryPressureController:
         *,
         sample_work: float = 1.0,
         base_bytes: int | None = None,
-        excess_bytes: int = 0,
+        excess_bytes: int | None = None,
     ) -> MemoryReading:
         """Learn from a finished step: reads the peak once, and starts the next.
 
@@ -136,24 +136,29 @@ class MemoryPressureController:
             batch: samples in its largest micro-batch.
             sample_work: size of its largest sample relative to the usual one.
             base_bytes: allocated between steps; None: as read now.
-            excess_bytes: what the step's peak is at least above what lies between steps, for what the allocator cannot
-                tell (a replayed CUDA graph).
+            excess_bytes: of a step that replayed a CUDA graph, at least how far its peak is above what lies between
+                steps, since the allocator cannot tell. All that is reserved counts then as used: the blocks of a
+                graph's pool are of no use to others.
 
         Returns:
             The reading, whose peaks are those of the step.
         """
         reading = self.memory.read()
-        if reading.peak_allocated_bytes < reading.allocated_bytes + excess_bytes:
-            reading = dataclasses.replace(reading, peak_allocated_bytes=reading.allocated_bytes + excess_bytes)
+        base = base_bytes if base_bytes is not None else reading.allocated_bytes
+        if excess_bytes is not None:
+            peak = max(reading.peak_allocated_bytes, reading.allocated_bytes + excess_bytes)
+            reading = dataclasses.replace(reading, peak_allocated_bytes=peak)
+            needed = float(max(reading.peak_allocated_bytes, reading.peak_reserved_bytes))
+        else:
+            self._learn_reserved_ratio(reading, base)
+            needed = base + (reading.peak_allocated_bytes - base) * self._reserved_ratio
         self._reading = reading
         self.memory.reset_peak()
-        base = base_bytes if base_bytes is not None else reading.allocated_bytes
-        self._learn_reserved_ratio(reading, base)
         seen = law.Observation(
             step=self.step,
             batch=batch,
             work=batch * sample_work,
-            peak_bytes=base + (reading.peak_allocated_bytes - base) * self._reserved_ratio,
+            peak_bytes=needed,
             base_bytes=float(base),
             budget_bytes=reading.budget_bytes,
         )

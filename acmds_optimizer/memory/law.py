@@ -91,7 +91,8 @@ class Observation:
     work: float
     """Work of its largest micro-batch: samples times the size of a sample."""
     peak_bytes: float
-    """Peak allocated bytes, what lies above `base_bytes` times the ratio of reserved to allocated."""
+    """What the step needed: peak allocated bytes, those above `base_bytes` times the ratio of reserved to allocated; of
+    a replayed graph peak reserved bytes."""
     base_bytes: float
     """Allocated between steps: weights, optimizer state, resident data."""
     budget_bytes: float
