@@ -1,6 +1,6 @@
 """All measurements that need a GPU, one after the other, within a number of seconds.
 
-    python -m benchmarks.gpu_session OUT 4140 --data cifar10            # everything; 69 minutes
+    python -m benchmarks.gpu_session OUT 5040 --data cifar10            # everything; 84 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
     CUDA_VISIBLE_DEVICES=1 python -m benchmarks.gpu_session OUT 560 --data cifar10 --parts curriculum_15 &
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
@@ -67,7 +67,7 @@ PARTS = {
         Part("resolution", 300, "benchmarks.resolution --data {data} --out {out}/resolution.csv "
              "--plans 0.5:3:17 0.5:3:18 --deadline {deadline}", goes_on=True),
         Part("dry_run", 180, "benchmarks.dry_run --out {out}/dry_run.csv --deadline {deadline}"),
-        Part("study", 360, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
+        Part("study", 1300, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
              table="study.csv"),
         Part("ranks", 240, "benchmarks.ranks --rounds 2 --seconds 5", table="ranks.csv", gpus=2),
         Part("pair", 240, "benchmarks.tuner pair 8 cuda --out {out}/pair", table="pair.csv", gpus=2),

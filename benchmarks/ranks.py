@@ -7,8 +7,8 @@ In each round both cards train alone, at the same time but as two runs, and then
 
     even      both cards are capped alike, and each takes micro-batches of --batch samples: with one card alone as 1,
               two make `speed_up`
-    unequal   they are capped to --limits-gb; alone each takes what fits, at most --batch; together they share steps of
-              twice --batch samples by what each can do
+    unequal   they are capped to --limits-gb, and a micro-batch is what fits; alone each takes steps of --batch samples,
+              together they share steps of twice as many by what each can do
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ _IMAGES, _TIMES = 1024, 8
 """So many images, each so many times: an epoch of thousands, as real ones are."""
 
 
-def measure(options: argparse.Namespace, limit_gb: float, smallest: int, total: int, ranks: Ranks) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, limit_gb: float, sizes: tuple[int, int], total: int, ranks: Ranks
+) -> dict[str, Any]:
     """Images a second of one run, of all its processes, after as long a warm-up; and how the run stood."""
     torch.manual_seed(0)
     side = options.image_size
     images = torch.randint(0, 256, (_IMAGES, 3, side, side), dtype=torch.uint8).repeat(_TIMES, 1, 1, 1)
     model = build_model(options.model, _CLASSES, in_channels=3, image_size=side)
     config = TrainConfig(
-        target_headroom_gb=options.headroom_gb, min_batch_size=smallest, max_batch_size=options.batch,
+        target_headroom_gb=options.headroom_gb, min_batch_size=sizes[0], max_batch_size=sizes[1],
         effective_batch_size=total, knee_gain_fraction=0.0, epochs=10**6, channels_last=options.device != "cpu",
         enable_cuda_graphs=False, enable_amp=options.device != "cpu", amp_dtype="bf16", lr_schedule="constant",
     )  # fmt: skip
@@ -95,9 +97,9 @@ def play(rank: int, options: argparse.Namespace, store: str) -> None:
     for number in range(options.rounds):
         for scenario in ("even", "unequal"):
             limit = limits[scenario][rank]
-            smallest = options.batch if scenario == "even" else 4
-            alone = ranks.gather(measure(options, limit, smallest, options.batch, Ranks()))
-            both = ranks.gather(measure(options, limit, smallest, 2 * options.batch, ranks))
+            sizes = (options.batch, options.batch) if scenario == "even" else (4, 2 * options.batch)
+            alone = ranks.gather(measure(options, limit, sizes, options.batch, Ranks()))
+            both = ranks.gather(measure(options, limit, sizes, 2 * options.batch, ranks))
             rates = [seen["rate"] for seen in alone]
             row = {
                 "scenario": scenario,
@@ -130,7 +132,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=256, help="largest micro-batch of a card")
+    parser.add_argument("--batch", type=int, default=256, help="samples of a step of one card alone")
     parser.add_argument("--limits-gb", default="23.2,12", help="caps of the two cards")
     parser.add_argument("--headroom-gb", type=float, default=None, help="default: a twentieth of the smaller cap")
     parser.add_argument("--seconds", type=float, default=6.0, help="of warm-up, and of each measurement")

@@ -89,7 +89,7 @@ def random_state(r: random.Random, asked: law.Limits) -> law.State:
         held_steps=r.randint(0, 30),
         disturbed=r.random() < 0.5,
         ceiling_work=r.choice([math.inf, r.choice(usual)]),
-        ceiling_budget=r.uniform(5, 25) * GIB,
+        ceiling_room=r.uniform(5, 25) * GIB,
         ceiling_step=r.choice([0, 200]),
         knee_batch=r.choice([0, 0, r.choice(usual)]),
         timed_work=1.0,

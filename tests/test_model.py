@@ -210,3 +210,16 @@ def test_the_knee_is_the_smallest_size_about_as_fast_as_the_fastest():
 def test_there_is_no_knee_while_the_largest_size_is_clearly_the_fastest():
     assert timed(resnet50_seconds, (32, 64, 128)).knee(0.015) == 0
     assert timed(resnet50_seconds, (32,)).knee(0.015) == 0
+
+
+def test_the_seconds_of_a_micro_batch_and_of_its_samples_lie_on_the_line_through_two_sizes():
+    times = TimeModel(needed=1)
+    for size in (4, 64, 128, 256):
+        times = times.observe(size, max(0.01, 0.0047 + 0.0002 * size))
+    assert times.line(256) == pytest.approx((0.0047, 0.0002))
+    assert times.line(120) == pytest.approx((0.0047, 0.0002))
+    alone = TimeModel(needed=1).observe(100, 0.1)
+    assert alone.line(7) == pytest.approx((0.01, 0.0009))
+    bound = alone.observe(50, 0.1)
+    assert bound.line(100) == pytest.approx((0.09, 0.0001)), "of launches alone: samples still count a tenth"
+    assert all(math.isnan(value) for value in TimeModel().line(8))

@@ -172,8 +172,8 @@ class Ranks:
         if failed := [rank for rank, row in enumerate(rows) if not row[0]]:
             self._gave_up = True
             raise RankFailedError(f"process {failed[0]} of {self.world_size} gave up; its own message says why")
-        standings = [Standing(int(row[1]), row[2], row[3], bool(row[4])) for row in rows]
-        words = [[int(word) for word in row[5:]] for row in rows]
+        standings = [Standing(int(row[1]), row[2], row[3], row[4], bool(row[5])) for row in rows]
+        words = [[int(word) for word in row[6:]] for row in rows]
         anywhere = [0] * len(words[0])
         for row in words:
             anywhere = [a | b for a, b in zip(anywhere, row, strict=True)]
@@ -191,7 +191,8 @@ class Ranks:
         for i, is_used in enumerate(used):
             words[i // _BITS] |= is_used << i % _BITS
         said = standing or Standing(0)
-        row = [float(standing is not None), said.micro_batch, said.seconds_per_sample, said.seconds, float(said.stop)]
+        times = (said.seconds_per_piece, said.seconds_per_sample, said.seconds)
+        row = [float(standing is not None), said.micro_batch, *times, float(said.stop)]
         mine = torch.tensor(row + words, dtype=torch.float64)
         rows = [torch.empty_like(mine) for _ in range(self.world_size)]
         with naming_failures():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
         average = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     held = config.step_samples if config.batch_policy == "hold" else 0
     input_bytes = 4 * torch.Size(shape).numel() + 24  # and target, index and weight
-    kept = average + resident_bytes + _workspace_bytes(config)
+    kept = average + resident_bytes + _workspace_bytes(config.device, config.enable_amp)
     peaks: list[int] = []
     layers: list[tuple[str, str, int, str]] = []
     for size in _SIZES:
@@ -102,16 +103,17 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
     )
 
 
-def _workspace_bytes(config: TrainConfig) -> int:
+@functools.cache
+def _workspace_bytes(device: str, amp: bool) -> int:
     """What the libraries of the GPU keep once matrices were multiplied in a forward and a backward pass."""
-    if not config.device.startswith("cuda") or not torch.cuda.is_available():
+    if not device.startswith("cuda") or not torch.cuda.is_available():
         return 0
     try:
-        memory = open_memory(config.device)
+        memory = open_memory(device)
         before = memory.read().allocated_bytes
-        layer = nn.Linear(64, 64, device=config.device)
-        inputs = torch.ones(64, 64, device=config.device, requires_grad=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=config.enable_amp):
+        layer = nn.Linear(64, 64, device=device)
+        inputs = torch.ones(64, 64, device=device, requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
             outputs = layer(inputs)
         outputs.float().sum().backward()
         del layer, inputs, outputs

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _PATIENCE_STEPS = 20
+_HALVINGS = 30
+_SAME = 1.0 + 1e-9
 _LEAST_GAIN = 0.05
-_LEAST_GAIN_IN_MORE_PIECES = 0.15
-"""A share just above a micro-batch takes two pieces, and what they lose is not in the times that it is judged by."""
 _MOST_PIECES = 4
 """With batch_policy free, so that one very slow process does not make the others' steps, and their inputs, huge."""
 _GRAIN = 8
@@ -28,8 +28,9 @@ class Standing:
 
     micro_batch: int
     """Samples that its memory, and the knee, allow at once."""
+    seconds_per_piece: float = math.nan
+    """Of forward and backward of a micro-batch of about that size, apart from its samples; NaN while not known."""
     seconds_per_sample: float = math.nan
-    """Of its own forward and backward, at about that size; NaN while it is not known."""
     seconds: float = 0.0
     """Training time so far. That of the first process counts for all."""
     stop: bool = False
@@ -79,44 +80,64 @@ def split(total: int, weights: Sequence[float]) -> tuple[int, ...]:
 def divide(standings: Sequence[Standing], held: int | None, step: int, present: Division | None = None) -> Division:
     """The shares of the next step: by what each process can do, so that all of them end it together.
 
-    That is its samples a second, once all of them have timed theirs, and until then its micro-batch. A process with
-    less memory is not slower for it as long as its micro-batch lies above the knee; it takes its share in more pieces.
+    That is as much as it does in the same seconds, once all of them have timed theirs, and until then its micro-batch.
+    A process with less memory takes its share in more pieces, each of which costs some time of its own.
 
     Args:
         standings: of all processes.
         held: samples of a step; None (batch_policy free): what all do in the time of the slowest one's micro-batch.
         step: number of the coming step.
-        present: the shares in force, which stay for at least 20 steps, and until others are 5 % faster (15 % where they
-            take more pieces); with `held` None also until a micro-batch changes. None: the first ones.
+        present: the shares in force; every 20 steps others take their place if they are 5 % faster, with `held` None
+            also as soon as a micro-batch changes. None: the first ones.
     """
     micro_batches = tuple(standing.micro_batch for standing in standings)
-    seconds = [standing.seconds_per_sample for standing in standings]
-    timed = all(math.isfinite(value) and value > 0 for value in seconds)
+    timed = all(standing.seconds_per_piece >= 0 and standing.seconds_per_sample > 0 for standing in standings)
     if present is None or (held is None and present.micro_batches != micro_batches):
         present = Division(micro_batches if held is None else split(held, micro_batches), micro_batches, step)
-    elif step - present.step < _PATIENCE_STEPS:
+    elif step == present.step or (step - present.step) % _PATIENCE_STEPS:
         return present
     if not timed:
         return present
     if held is not None:
-        shares = split(held, [1.0 / value for value in seconds])
+        low, high = 0.0, max(_seconds(held, standing) for standing in standings)
+        for _ in range(_HALVINGS):  # the least time in which they do it all
+            middle = (low + high) / 2
+            enough = sum(_samples_within(middle, standing, held) for standing in standings) >= held
+            low, high = (low, middle) if enough else (middle, high)
+        shares = split(held, [_samples_within(high, standing, held) for standing in standings])
     else:
-        slowest = max(size * value for size, value in zip(micro_batches, seconds, strict=True))
+        slowest = max(_seconds(standing.micro_batch, standing) for standing in standings)
         most = [_MOST_PIECES * size for size in micro_batches]
-        shares = tuple(min(limit, max(1, round(slowest / value))) for limit, value in zip(most, seconds, strict=True))
-    gain = _rate(shares, seconds) / _rate(present.shares, seconds) - 1.0
-    more_pieces = _pieces(shares, micro_batches) > _pieces(present.shares, micro_batches)
-    needed = _LEAST_GAIN_IN_MORE_PIECES if more_pieces else _LEAST_GAIN
-    return Division(shares, micro_batches, step) if gain >= needed else present
+        shares = tuple(
+            max(1, round(_samples_within(slowest * _SAME, standing, limit)))
+            for standing, limit in zip(standings, most, strict=True)
+        )
+    gain = _rate(shares, standings) / _rate(present.shares, standings) - 1.0
+    return Division(shares, micro_batches, step) if gain >= _LEAST_GAIN else present
 
 
-def _rate(shares: Sequence[int], seconds: Sequence[float]) -> float:
+def _seconds(share: int, standing: Standing) -> float:
+    """What a process takes for a share, in as few pieces as it can."""
+    pieces = math.ceil(share / max(1, standing.micro_batch))
+    return pieces * standing.seconds_per_piece + share * standing.seconds_per_sample
+
+
+def _samples_within(seconds: float, standing: Standing, most: int) -> float:
+    """How many samples, at most `most`, a process does in so many seconds."""
+    size, best = max(1, standing.micro_batch), 0.0
+    for pieces in range(1, math.ceil(most / size) + 1):
+        left = (seconds - pieces * standing.seconds_per_piece) / standing.seconds_per_sample
+        if left <= best:
+            break
+        best = min(left, pieces * size, most)
+        if best < pieces * size:
+            break
+    return best
+
+
+def _rate(shares: Sequence[int], standings: Sequence[Standing]) -> float:
     """Samples a second of all together: the slowest share ends the step."""
-    return sum(shares) / max(share * value for share, value in zip(shares, seconds, strict=True))
-
-
-def _pieces(shares: Sequence[int], micro_batches: Sequence[int]) -> int:
-    return sum(math.ceil(share / max(1, size)) for share, size in zip(shares, micro_batches, strict=True))
+    return sum(shares) / max(_seconds(share, standing) for share, standing in zip(shares, standings, strict=True))
 
 
 @dataclass(frozen=True)

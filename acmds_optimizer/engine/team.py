@@ -104,7 +104,7 @@ class Team:
     def _standing(self, micro_batch: int, seconds: float, stop: bool) -> Standing:
         controller = self.train_step.guard.controller
         limit = controller.batch_size
-        return Standing(limit, controller.state.times.per_sample(micro_batch or limit), seconds, stop)
+        return Standing(limit, *controller.state.times.line(micro_batch or limit), seconds, stop)
 
     def _agree(self, standings: list[Standing], step: int) -> float:
         self.stop = any(standing.stop for standing in standings)

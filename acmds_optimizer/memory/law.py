@@ -137,8 +137,9 @@ class State:
     disturbed: bool = False
     """Whether memory ever cut the work granted; until then growth does not wait to be calm."""
     ceiling_work: float = math.inf
-    """Work that ran out of memory and is not tried again before `ceiling_step`, unless the budget grows."""
-    ceiling_budget: float = 0.0
+    """Work that ran out of memory and is not tried again before `ceiling_step`, unless there is more room."""
+    ceiling_room: float = 0.0
+    """Bytes between what lay between steps and the budget, when it did."""
     ceiling_step: int = 0
     ceiling_wait: int = _CEILING_STEPS
     knee_batch: int = 0
@@ -259,7 +260,7 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
 
     Shrinks by the shortage where it is known, by half where it is not or where the step fails again, to what the
     model allows, always by at least one bucket. The work that failed is not tried again for 500 steps, then 1,000,
-    and so on, unless the budget grows by 5 %.
+    and so on, unless the room above what lies between steps grows by 5 %.
     """
     sample_work = failure.work / failure.batch
     if failure.base_bytes is not None:
@@ -282,7 +283,7 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
         calm_steps=0,
         disturbed=True,
         ceiling_work=min(failure.work, state.ceiling_work) if active else failure.work,
-        ceiling_budget=failure.budget_bytes,
+        ceiling_room=failure.budget_bytes - state.peaks.base,
         ceiling_step=failure.step + wait,
         ceiling_wait=wait,
     )
@@ -320,7 +321,7 @@ def decide(
 
     usual = [size for size in limits.buckets if size >= limits.min_batch] or [limits.buckets[-1]]
     capacity = _capacity(state, limits, budget_bytes)
-    barred = step < state.ceiling_step and budget_bytes <= 1.05 * state.ceiling_budget
+    barred = step < state.ceiling_step and budget_bytes - state.peaks.base <= 1.05 * state.ceiling_room
     ceiling = 0.999 * state.ceiling_work if barred else math.inf
     bearable = min(capacity, ceiling) * _SAME
     changed: dict[str, Any] = {"target": _target(budget_bytes, limits), "work": state.work}

@@ -24,6 +24,8 @@ _STRAYS_FROM = 20
 _SURPRISE = 0.1
 _LEAST_MARGIN = 0.005
 _BELIEF_STEPS = 500
+_LINE_REACH = 4
+_LEAST_SAMPLES_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,22 @@ class TimeModel:
         """Median seconds by size, ascending; only sizes with enough timings."""
         return {size: sorted(values)[len(values) // 2] for size, values in self.timings if len(values) >= self.needed}
 
-    def per_sample(self, batch: int) -> float:
-        """Seconds a sample at the timed size nearest to `batch`; NaN where none has enough timings."""
+    def line(self, batch: int) -> tuple[float, float]:
+        """Seconds of a micro-batch about as large as `batch`: those of any, and those of each sample.
+
+        On the line through the timed size nearest to it and the next smaller one of at least a quarter; where there is
+        none, a tenth of the seconds are taken for those of any. NaN and NaN where no size has enough timings.
+        """
         medians = self.medians()
         if not medians:
-            return math.nan
+            return math.nan, math.nan
         size = min(medians, key=lambda size: abs(math.log(size / max(1, batch))))
-        return medians[size] / size
+        smaller = max((other for other in medians if size / _LINE_REACH <= other < size), default=None)
+        share = 0.9
+        if smaller is not None:
+            slope = (medians[size] - medians[smaller]) / (size - smaller)
+            share = min(1.0, max(_LEAST_SAMPLES_SHARE, slope * size / medians[size]))
+        return (1.0 - share) * medians[size], share * medians[size] / size
 
     def gain(self, batch: int, larger: list[int]) -> float | None:
         """The best relative gain in samples per second from `batch` to any of `larger`; None where it cannot be told.
