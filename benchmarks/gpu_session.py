@@ -65,7 +65,7 @@ PARTS = {
         Part("curriculum_15", 560, f"{_CURRICULUM} --epochs 15", goes_on=True),
         Part("curriculum_30", 560, f"{_CURRICULUM} --epochs 30", goes_on=True),
         Part("resolution", 300, "benchmarks.resolution --data {data} --out {out}/resolution.csv "
-             "--plans 0.5:3:17 0.5:3:18 --deadline {deadline}", goes_on=True),
+             "--plans 0.5:3:17 0.5:3:18 --record {out}/resolution_steps --deadline {deadline}", goes_on=True),
         Part("dry_run", 180, "benchmarks.dry_run --out {out}/dry_run.csv --deadline {deadline}"),
         Part("study", 1300, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
              table="study.csv"),

@@ -28,6 +28,7 @@ import torch
 
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.engine.prepare import build_optimizer
+from acmds_optimizer.engine.telemetry import Recorder
 from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.memory.device import open_memory
 from acmds_optimizer.zoo.datasets import CIFAR_STATISTICS, DataBundle
@@ -56,8 +57,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(arm: str, seed: int, bundle: DataBundle, device: str, common: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Train once; a row of the table."""
+def run(
+    arm: str, seed: int, bundle: DataBundle, device: str, common: dict[str, Any], record: Path | None, **more: Any
+) -> dict[str, Any]:
+    """Train once; a row of the table. `record`: folder for the decisions of every step."""
     config = TrainConfig(**common, device=device, seed=seed, **more)
     torch.manual_seed(seed)
     model = build_model(config.model, curriculum_data.CLASSES, image_size=bundle.image_shape[-1])
@@ -69,6 +72,10 @@ def run(arm: str, seed: int, bundle: DataBundle, device: str, common: dict[str, 
     with ACMDSTrainer(
         model, bundle.train, optimizer, config, memory=memory, val_dataset=bundle.val, bundle=bundle
     ) as trainer:
+        if record is not None:
+            folder = record / f"{arm} seed {seed}".replace(" ", "_").replace(":", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            trainer.recorder = Recorder(folder, config.difficulty_window, None)
         while not trainer.finished:
             began = time.perf_counter()
             figures = trainer.train_epoch()
@@ -116,7 +123,7 @@ def work(data: str, device: str, seeds: list[int], arguments: argparse.Namespace
                 continue
             more = arms.get(arm) or {"epochs": FULL_EPOCHS, "max_seconds": taken[named(arguments.plans[0])]}
             start = time.perf_counter()
-            row = run(arm, seed, bundle, device, common, **more)
+            row = run(arm, seed, bundle, device, common, arguments.record, **more)
             longest = max(longest, time.perf_counter() - start)
             taken[arm] = row["seconds"]
             rows.put(row)
@@ -175,6 +182,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.2)
     parser.add_argument("--memory-gb", type=float, default=7.0)
     parser.add_argument("--plans", nargs="+", default=["0.5:3:16"], metavar="START:STAGES:EPOCHS")
+    parser.add_argument("--record", type=Path, help="new folder for steps.csv and events.csv of every run")
     parser.add_argument("--deadline", type=float, help="seconds; no run is started that would end later")
     arguments = parser.parse_args()
     arguments.on_cpu = arguments.device == ["cpu"]

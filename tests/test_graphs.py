@@ -13,6 +13,7 @@ from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.engine.step import TrainStep
+from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
 
 class Net(nn.Module):
@@ -139,3 +140,38 @@ def test_graphs_are_dropped_for_a_larger_size_that_is_to_run_not_for_one_that_wa
     decision = dataclasses.replace(controller.decide(), batch=decided, reason="hold")
     assert step.graphs.make_room(decision, micro_batch, 1.0, odd=odd) == micro_batch
     assert bool(step.graphs._graphs) == kept
+
+
+class Scripted(BudgetedCpuMemory):
+    """A card whose reading is what the test says, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(10_000)
+        self.reading = MemoryReading(10_000, 0, 0, 0, 0, 0, 0)
+
+    def read(self) -> MemoryReading:
+        return self.reading
+
+    def step(self, *, base: int, peak: int, reserved: int) -> None:
+        self.reading = MemoryReading(10_000, base, reserved, peak, reserved, 0, 0)
+
+
+def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the_pool_does_not():
+    memory = Scripted()
+    config = CurriculumConfig(min_batch_size=1, max_batch_size=512, target_headroom_gb=1000 / 2**30)
+    controller = MemoryPressureController(memory=memory, config=config)
+    memory.step(base=1000, peak=3000, reserved=3200)
+    controller.observe(64)  # eager: a tenth more is reserved than was allocated between steps and peak
+    eager = controller.state.peaks.predict(64)
+    assert eager == pytest.approx(1000 + 2000 * (1 + 0.3 * 0.1))
+    memory.step(base=1100, peak=1200, reserved=3900)
+    controller.observe(64, excess_bytes=2000)
+    assert controller.reading.peak_allocated_bytes == 3100
+    ratio = controller._reserved_ratio
+    assert controller.state.peaks.predict(64) > eager + 100
+    # an odd last batch: its own 400 bytes are reserved beside the 2,800 of the pool
+    controller._highest_allocated = 0
+    memory.step(base=1100, peak=1500, reserved=1100 + 2800 + 400)
+    controller.observe(8, pool_bytes=2800)
+    assert controller._reserved_ratio == pytest.approx(ratio + 0.3 * (1.0 - ratio))
+    assert controller.state.peaks.predict(8) == pytest.approx(1100 + 400 * controller._reserved_ratio)

@@ -380,3 +380,16 @@ def test_memory_that_this_process_takes_itself_moves_the_predictions_and_is_used
     again, errors = steps(20)
     assert errors == 0
     assert again[-1] == alone[-1]
+
+
+def test_where_not_even_the_copies_before_a_step_fit_it_is_said(monkeypatch):
+    rig = Rig("adamw_fused")
+
+    def refuse() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(rig.guard, "_remember", refuse)
+    with pytest.raises(
+        OutOfMemoryForGoodError, match=r"copies of the BatchNorm statistics.*--memory-limit-gb.*2\.00 MiB"
+    ):
+        rig.guard.run(lambda micro_batch: None, 4)

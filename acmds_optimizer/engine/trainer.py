@@ -458,8 +458,10 @@ class ACMDSTrainer:
         graphs, releases = self.train_step.graphs, self.controller.releases
         reading = before
         if sizes[0]:
-            excess = graphs.excess_bytes(sizes[0]) if graphs is not None and graphs.replayed else None
-            reading = self.controller.observe(sizes[0], sample_work=work, excess_bytes=excess)
+            excess, pool = None, 0
+            if graphs is not None:
+                excess, pool = graphs.excess_bytes(sizes[0]) if graphs.replayed else None, graphs.pool_bytes
+            reading = self.controller.observe(sizes[0], sample_work=work, excess_bytes=excess, pool_bytes=pool)
         if graphs is not None:
             graphs.end_step(reading.allocated_bytes)
         for size, seconds, replayed in self._clock.timings():

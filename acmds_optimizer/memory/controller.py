@@ -127,6 +127,7 @@ class MemoryPressureController:
         sample_work: float = 1.0,
         base_bytes: int | None = None,
         excess_bytes: int | None = None,
+        pool_bytes: int = 0,
     ) -> MemoryReading:
         """Learn from a finished step: reads the peak once, and starts the next.
 
@@ -138,7 +139,8 @@ class MemoryPressureController:
             base_bytes: allocated between steps; None: as read now.
             excess_bytes: of a step that replayed a CUDA graph, at least how far its peak is above what lies between
                 steps, since the allocator cannot tell. All that is reserved counts then as used: the blocks of a
-                graph's pool are of no use to others.
+                graph's pool are of no use to others. None: it ran eagerly.
+            pool_bytes: of an eager step, what is reserved by a pool of CUDA graphs beside it.
 
         Returns:
             The reading, whose peaks are those of the step.
@@ -150,7 +152,7 @@ class MemoryPressureController:
             reading = dataclasses.replace(reading, peak_allocated_bytes=peak)
             needed = float(max(reading.peak_allocated_bytes, reading.peak_reserved_bytes))
         else:
-            self._learn_reserved_ratio(reading, base)
+            self._learn_reserved_ratio(reading.peak_allocated_bytes, reading.peak_reserved_bytes - pool_bytes, base)
             needed = base + (reading.peak_allocated_bytes - base) * self._reserved_ratio
         self._reading = reading
         self.memory.reset_peak()
@@ -208,12 +210,12 @@ class MemoryPressureController:
         self.state, decision = law.fail(self.state, failure, self.limits)
         return decision
 
-    def _learn_reserved_ratio(self, reading: MemoryReading, base: int) -> None:
+    def _learn_reserved_ratio(self, allocated: int, reserved: int, base: int) -> None:
         # of what comes and goes, since what stays leaves no gaps. Reserved never falls by itself, so it belongs to the
         # highest allocated since the cache was last released
-        if reading.peak_allocated_bytes >= 0.98 * self._highest_allocated and reading.peak_allocated_bytes > base:
-            self._highest_allocated = max(self._highest_allocated, reading.peak_allocated_bytes)
-            ratio = (reading.peak_reserved_bytes - base) / (reading.peak_allocated_bytes - base)
+        if allocated >= 0.98 * self._highest_allocated and allocated > base:
+            self._highest_allocated = max(self._highest_allocated, allocated)
+            ratio = (reserved - base) / (allocated - base)
             self._reserved_ratio += 0.3 * (max(1.0, min(ratio, 2.0)) - self._reserved_ratio)
 
     def emergency_gc(self) -> bool:

@@ -260,7 +260,15 @@ class Guard:
         if message is None:
             return cast(Callable[[], None], undo)
         self.controller.memory.release_cache()  # nothing has changed yet, so all it takes is room for the copies
-        return self._remember()
+        try:
+            return self._remember()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryForGoodError(
+                "out of memory: not even copies of the BatchNorm statistics fit before a step. Free memory held by "
+                f"other processes, or try a larger --memory-limit-gb. The error was: {str(error).splitlines()[0]}"
+            ) from None
 
     def _try(
         self, attempt: Callable[[int], Result], micro_batch: int, *, keep_gradients: bool = False
