@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu_session OUT 5040 --data cifar10            # everything; 84 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
-    CUDA_VISIBLE_DEVICES=1 python -m benchmarks.gpu_session OUT 560 --data cifar10 --parts curriculum_15 &
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
 
 Each part is a command of its own with a limit of its own. One that fails or hangs is noted, and the next one begins;
-what does not fit into the seconds left is skipped. OUT gets the parts' tables, PART.log with all that a part printed,
+what does not fit into the seconds left is skipped. With several GPUs the parts that want more than one run first, and
+the others side by side, one on each. OUT gets the parts' tables, PART.log with all that a part printed,
 and a row a part in session.csv. A part whose log is there already is not run again, except those that go on where they
 stopped (curriculum, resolution). --data: a folder of CIFAR-10 images as benchmarks/cifar10_folder.py writes it, or the
 parquet file that it unpacks.
@@ -22,7 +22,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +75,7 @@ PARTS = {
         Part("pair", 240, "benchmarks.tuner pair 8 cuda --out {out}/pair", table="pair.csv", gpus=2),
     )
 }  # fmt: skip
-"""In the order in which they are run."""
+"""In the order in which they are run, but for those that want several GPUs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +117,8 @@ def run_all(parts: Sequence[Part], out: Path, data: Path | None, seconds: float)
     end = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     fresh = not (out / "session.csv").exists()
-    bad = False
+    gpus = _gpus()
+    waiting = deque(sorted(parts, key=lambda part: part.gpus == 1))
     with (
         tempfile.TemporaryDirectory() as scratch,
         (out / "session.csv").open("a", newline="", encoding="utf-8") as file,
@@ -123,32 +126,56 @@ def run_all(parts: Sequence[Part], out: Path, data: Path | None, seconds: float)
         table = csv.writer(file)
         if fresh:
             table.writerow(COLUMNS)
-        if data is not None:
-            data = _folder(data.resolve(), Path(scratch))
-        for part in parts:
+        folder = None if data is None else _folder(data.resolve(), Path(scratch))
+        lock, bad = threading.Lock(), []
+
+        def take(part: Part, visible: str, environment: dict[str, str]) -> None:
             began = time.monotonic()
             limit = min(part.limit_s, end - began)
-            command = arguments(part, out, data, limit)
-            if (out / f"{part.name}.log").exists() and not part.goes_on:
+            command = arguments(part, out, folder, limit)
+            log = out / f"{part.name}.log"
+            if log.exists() and not part.goes_on:
                 status = "was there already"
             elif limit < _SHORTEST_S:
                 status = "no time left"
-            elif part.gpus > 1 and part.gpus > (gpus := _gpus()):
-                status = f"needs {part.gpus} GPUs, and here are {gpus}"
+            elif part.gpus > max(1, len(gpus)):
+                status = f"needs {part.gpus} GPUs, and here are {len(gpus)}"
             else:
-                status = _run(command, out / f"{part.name}.log", out / part.table if part.table else None, limit)
+                status = _run(command, log, out / part.table if part.table else None, limit, environment)
             took = time.monotonic() - began
-            bad |= status not in ("ok", "was there already")
-            table.writerow((part.name, status, f"{took:.1f}", f"{limit:.0f}", _visible(), shlex.join(command)))
-            file.flush()
-            print(f"{part.name}: {status}, {took:.0f} s", flush=True)
-    return int(bad)
+            with lock:
+                if status not in ("ok", "was there already"):
+                    bad.append(part.name)
+                table.writerow((part.name, status, f"{took:.1f}", f"{limit:.0f}", visible, shlex.join(command)))
+                file.flush()
+                print(f"{part.name}: {status}, {took:.0f} s", flush=True)
+
+        def serve(gpu: str) -> None:
+            # what a part probes and remembers is none of the others' business
+            own = {"CUDA_VISIBLE_DEVICES": gpu, "XDG_CACHE_HOME": str(Path(scratch) / f"cache-{gpu}")}
+            while True:
+                try:
+                    part = waiting.popleft()
+                except IndexError:
+                    return
+                take(part, gpu, own)
+
+        while waiting and (waiting[0].gpus > 1 or len(gpus) < 2):
+            take(waiting.popleft(), ",".join(gpus), {})
+        threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in gpus]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return int(bool(bad))
 
 
-def _run(command: list[str], log: Path, table: Path | None, limit_s: float) -> str:
+def _run(command: list[str], log: Path, table: Path | None, limit_s: float, more: dict[str, str]) -> str:
     """How it ended. It and all that it started are ended at the limit."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environment = {
+        **os.environ,
+        **more,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
     }
     with log.open("a", encoding="utf-8") as text:
         output = table.open("w", encoding="utf-8") if table else text
@@ -185,14 +212,12 @@ def _folder(data: Path, scratch: Path) -> Path:
     return scratch / "cifar10"
 
 
-def _visible() -> str:
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-
-
-def _gpus() -> int:
+def _gpus() -> list[str]:
+    """The GPUs that parts may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    return torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def test_a_part_that_fails_or_hangs_is_noted_and_the_next_one_runs(tmp_path, mon
     ]
     assert gpu_session.run_all(parts, tmp_path, None, 100.0) == 1
     assert rows(tmp_path) == [
+        ("two", f"needs 99 GPUs, and here are {len(gpu_session._gpus())}"),
         ("bad", "exit code 1"), ("hangs", "ended after 1 s"), ("fine", "ok"), ("goes_on", "ok"),
-        ("two", f"needs 99 GPUs, and here are {gpu_session._gpus()}"),
     ]  # fmt: skip
     assert "No module named no_such_module" in (tmp_path / "bad.log").read_text()
     assert "Beautiful is better" in (tmp_path / "zen.csv").read_text()
@@ -40,6 +41,20 @@ def test_a_part_that_fails_or_hangs_is_noted_and_the_next_one_runs(tmp_path, mon
     assert rows(tmp_path)[5:] == [("fine", "was there already"), ("goes_on", "ok")]
     assert gpu_session.run_all([Part("late", 60, "this")], tmp_path, None, 0.1) == 1
     assert rows(tmp_path)[7:] == [("late", "no time left")]
+
+
+def test_with_two_gpus_parts_run_side_by_side_each_on_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    (tmp_path / "where.py").write_text("import os, time\ntime.sleep(1)\nprint(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    parts = [Part(name, 60, "where") for name in ("one", "two", "three", "four")]
+    out = tmp_path / "out"
+    began = time.monotonic()
+    assert gpu_session.run_all([*parts, Part("both", 60, "where", gpus=2)], out, None, 100.0) == 0
+    assert time.monotonic() - began < 4.5, "one step for both, and two for the four others"
+    assert rows(out)[0] == ("both", "ok")
+    assert (out / "both.log").read_text() == "4,7\n"
+    assert sorted((out / f"{part.name}.log").read_text() for part in parts) == ["4\n", "4\n", "7\n", "7\n"]
 
 
 def test_all_commands_are_printed_with_their_deadlines_and_nothing_is_written(tmp_path, capsys):

@@ -17,7 +17,7 @@ from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError
 from acmds_optimizer.files import replacing
 
 FORMAT = "acmds-checkpoint"
-VERSION = 2
+VERSION = 3
 NEWEST = "checkpoint.pt"
 BEST = "best.pt"
 
