@@ -109,7 +109,8 @@ def test_memory_grows_with_the_pixels_so_a_smaller_image_allows_a_larger_micro_b
     with ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory) as trainer:
         while not trainer.finished:
             trainer.train_epoch()
-            sizes[trainer._stage] = trainer.controller.batch_size
+            assert trainer.growth is not None
+            sizes[trainer.growth.number] = trainer.controller.batch_size
         assert trainer.recorder.figures["oom_events"] == 0
     assert sizes[0] >= 2 * sizes[1]
 
@@ -146,7 +147,8 @@ def test_a_neighbour_makes_the_images_smaller_and_they_grow_back_when_it_goes():
         for epoch in range(14):
             memory.neighbour_bytes = int(11.5 * 2**20) if 9 <= epoch < 11 else 0
             trainer.train_epoch()
-            seen.append(trainer._stage)
+            assert trainer.growth is not None
+            seen.append(trainer.growth.number)
     assert seen == [0] * 7 + [1] * 2 + [0] * 2 + [1] * 3
 
 

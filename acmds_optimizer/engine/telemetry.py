@@ -255,7 +255,7 @@ class Recorder:
         """Record and count a caught error, of a step or of a rehearsal."""
         self.figures["oom_events"] += 1
         self.figures["oom_recovered"] += recovered
-        self.event(
+        self._event(
             where,
             kind="out_of_memory",
             micro_batch=event.micro_batch,
@@ -268,8 +268,22 @@ class Recorder:
             message=event.message,
         )
 
-    def event(self, where: dict[str, Any], **values: Any) -> None:
-        """Record an event: `where` holds step, epoch and seconds; written at once."""
+    def note(self, where: dict[str, Any], kind: str, message: str, reading: MemoryReading, micro_batch: int) -> None:
+        """Record an event that is no error: `where` holds step, epoch and seconds; written at once."""
+        self._event(
+            where,
+            kind=kind,
+            micro_batch=micro_batch,
+            next_micro_batch=micro_batch,
+            budget_gb=reading.budget_bytes / GIB,
+            peak_gb=reading.peak_allocated_bytes / GIB,
+            shortage_gb=0.0,
+            attempt=0,
+            recovered=True,
+            message=message,
+        )
+
+    def _event(self, where: dict[str, Any], **values: Any) -> None:
         self._events.write([{**where, **values}])
 
     def flush(self, *, wait: bool = True) -> None:

@@ -28,10 +28,12 @@ from acmds_optimizer.engine.data import make_source
 from acmds_optimizer.engine.distributed import Ranks
 from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import wanted_graphs
+from acmds_optimizer.engine.growth import GrowingImages
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
 from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.rehearsal import check_outputs, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
+from acmds_optimizer.engine.scores import PendingScores
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.team import Team
 from acmds_optimizer.engine.telemetry import Progress, Recorder, memory_columns
@@ -45,9 +47,6 @@ from acmds_optimizer.zoo.datasets import DataBundle, describe
 logger = logging.getLogger(__name__)
 
 _NEIGHBOUR_SHARE = 0.03
-_SCORES_AHEAD = 64
-_NUMBERS_AHEAD = 2**20
-_CLASSES_IF_UNKNOWN = 1000
 
 
 class ACMDSTrainer:
@@ -97,8 +96,9 @@ class ACMDSTrainer:
         self.recorder = recorder or Recorder(None, self.config.difficulty_window)
         base = dataset.base_dataset if isinstance(dataset, DifficultyAwareDataset) else dataset
         inputs = bundle or describe(base)
-        self.stages = Stages.from_config(self.config, inputs.image_shape)
+        stages = Stages.from_config(self.config, inputs.image_shape)
         self._set_up_model(model, optimizer, loss_fn, inputs.image_shape)
+        self.growth = GrowingImages(stages, self.train_step, self.ranks) if stages is not None else None
         self._set_up_data(dataset, val_dataset, bundle, inputs)
         self.epoch = 0
         self.step = 0
@@ -117,8 +117,6 @@ class ACMDSTrainer:
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
         self._unagreed_seconds = 0.0
-        self._unscored: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-        self._stage = -1
 
     def _set_up_model(
         self,
@@ -163,6 +161,7 @@ class ACMDSTrainer:
         self._num_classes = bundle.num_classes if bundle is not None else None
         self.feedback = Feedback(self.dataset.scores, self.config, self.device, self._num_classes)
         self.train_step.keep_logits = self.feedback.needs_logits
+        self.scores = PendingScores(self.feedback, self.ranks, self._num_classes)
         self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
         source = partial(
             make_source, config=self.config, device=self.device, channels_last=self.train_step.channels_last
@@ -244,7 +243,7 @@ class ACMDSTrainer:
                     clock = now
                     self.after_step()
                     self._report()
-        self._update_scores()
+        self.scores.enter(self.epoch)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.sampler.position >= self.sampler.num_samples:
@@ -272,9 +271,9 @@ class ACMDSTrainer:
     def _rehearse(self) -> None:
         plan, work = self.sampler.plan, self._enter_stage()
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
-            batch = self._sized(self.mixing(stream.take(self.controller.limits.buckets[-1]), self.epoch, 0))
+            batch = self._prepared(stream.take(self.controller.limits.buckets[-1]))
         self.controller.memory.track([batch.inputs, batch.targets])
-        check_outputs(self.train_step, batch, self._num_classes, shrunk=self.stages is not None)
+        check_outputs(self.train_step, batch, self._num_classes, shrunk=self.growth is not None)
         rehearse(
             self.train_step, self._clock, batch, work,
             lambda event: self.recorder.out_of_memory(event, self._where(), recovered=True),
@@ -309,7 +308,7 @@ class ACMDSTrainer:
         count, total, odd = self._next_counts(decision)
         lr = self.schedule.set(self.progress, total / self.ranks.world_size)
         try:
-            batch = self._sized(self.mixing(self._take(stream, count), self.epoch, self.sampler.position))
+            batch = self._prepared(self._take(stream, count))
             result, sizes = self._forward_backward(batch, total, decision, work, odd=odd)
         except Exception:
             if self.team is not None:
@@ -323,11 +322,7 @@ class ACMDSTrainer:
                 )
         if self.average is not None:  # after the step has gone through, so that there is nothing to undo
             self.average.update_parameters(self.model, total / self.config.step_samples)
-        self._unscored.append((batch.indices, batch.targets if self.feedback.needs_logits else None, result.value))
-        # by what is the same in all processes, since they do it together
-        numbers = total * (1 + (self._num_classes or _CLASSES_IF_UNKNOWN) if self.feedback.needs_logits else 1)
-        if len(self._unscored) >= _SCORES_AHEAD or len(self._unscored) * numbers >= _NUMBERS_AHEAD:
-            self._update_scores()
+        self.scores.add(batch, result.value, total, self.epoch)
         self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
         self.sampler.position += total
         result = dataclasses.replace(result, value=losses)
@@ -396,49 +391,28 @@ class ACMDSTrainer:
             f"--effective-batch-size, or free memory held by other processes. The error was: {message}"
         )
 
-    def _update_scores(self) -> None:
-        """Enter the losses of the last steps; together, since a dozen small kernels a step cost as much as a graph."""
-        if self._unscored:
-            indices, targets, outcomes = zip(*self._unscored, strict=True)
-            self._unscored.clear()
-            everywhere = self.ranks.concatenate
-            labels = everywhere(torch.cat(targets)) if self.feedback.needs_logits else None
-            self.feedback.update(everywhere(torch.cat(indices)), labels, everywhere(torch.cat(outcomes)), self.epoch)
-
     def _judge_noise(self) -> None:
         if self.feedback.end_epoch(self.progress):
             assert self.feedback.flagged is not None
             count = int(self.feedback.flagged.sum())
             message = f"the noise gate is on: {count} of {len(self.dataset)} samples count nothing for now"
             logger.info("epoch %d: %s", self.epoch, message)
-            self._event("noise_gate", self.controller.reading.peak_allocated_bytes, message)
+            self._event("noise_gate", message)
         self.sampler.flagged = self.feedback.flagged
 
     def _enter_stage(self) -> float:
         """The pixels of a sample relative to full size, at the resolution that is due now."""
-        if self.stages is None:
+        if self.growth is None:
             return 1.0
-        stage = self.stages.number(self.progress)
-        if (peaks := self.controller.state.peaks).known:
-            room = peaks.work_within(self.controller.reading.budget_bytes - self.controller.limits.headroom_bytes)
-            stage = self.stages.affordable(stage, self._stage, self.config.min_batch_size, room)
-        stage = min(self.ranks.gather(stage))
-        if stage != self._stage:
-            self._stage = stage
-            if self.train_step.graphs is not None:
-                self.train_step.graphs.forget()
-                self.controller.memory.release_cache()
-            self.controller.forget_times()
-            height, width = self.stages.sizes[stage]
-            message = f"images have {height}x{width} px from now on"
+        if message := self.growth.enter(self.progress):
             logger.info("step %d: %s", self.step, message)
-            self._event("resolution", self.controller.reading.peak_allocated_bytes, message)
-        return self.stages.work(stage)
+            self._event("resolution", message)
+        return self.growth.work
 
-    def _sized(self, batch: Batch) -> Batch:
-        if self.stages is None:
-            return batch
-        return dataclasses.replace(batch, inputs=self.stages.resize(batch.inputs, self._stage))
+    def _prepared(self, batch: Batch) -> Batch:
+        """Mixed, and at the size that is due."""
+        batch = self.mixing(batch, self.epoch, self.sampler.position)
+        return batch if self.growth is None else self.growth.sized(batch)
 
     def _observe(
         self,
@@ -470,9 +444,9 @@ class ACMDSTrainer:
                 graphs.timed(size, seconds, replayed=replayed)
         if abs(reading.budget_bytes - before.budget_bytes) > _NEIGHBOUR_SHARE * self.controller.vram_total:
             change = (reading.budget_bytes - before.budget_bytes) / GIB
-            self._event("neighbour_change", reading.peak_allocated_bytes, f"the budget changed by {change:+.2f} GB")
+            self._event("neighbour_change", f"the budget changed by {change:+.2f} GB")
         if self.controller.releases > releases:
-            self._event("emergency_gc", reading.peak_allocated_bytes, "cached blocks were released")
+            self._event("emergency_gc", "cached blocks were released")
         row = {
             "step": self.step,
             "epoch": self.epoch,
@@ -511,20 +485,8 @@ class ACMDSTrainer:
     def _where(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
 
-    def _event(self, kind: str, peak_bytes: int, message: str) -> None:
-        batch = self.controller.batch_size
-        self.recorder.event(
-            self._where(),
-            kind=kind,
-            micro_batch=batch,
-            next_micro_batch=batch,
-            budget_gb=self.controller.reading.budget_bytes / GIB,
-            peak_gb=peak_bytes / GIB,
-            shortage_gb=0.0,
-            attempt=0,
-            recovered=True,
-            message=message,
-        )
+    def _event(self, kind: str, message: str) -> None:
+        self.recorder.note(self._where(), kind, message, self.controller.reading, self.controller.batch_size)
 
     def _report(self, *, force: bool = False) -> None:
         now = time.monotonic()
@@ -592,7 +554,7 @@ class ACMDSTrainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to continue, as tensors and plain values. To be called by all processes at once."""
         self.recorder.flush()
-        self._update_scores()
+        self.scores.enter(self.epoch)
         self._share_statistics()
         return snapshot.take(self)
 
