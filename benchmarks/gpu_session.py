@@ -1,14 +1,14 @@
-"""All measurements that need a GPU, one after the other, within a number of seconds.
+"""All measurements that need a GPU, within a number of seconds.
 
-    python -m benchmarks.gpu_session OUT 5040 --data cifar10            # everything; 84 minutes
+    python -m benchmarks.gpu_session OUT 4325 --data cifar10            # everything but half of the study; 72 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
 
 Each part is a command of its own with a limit of its own. One that fails or hangs is noted, and the next one begins;
 what does not fit into the seconds left is skipped. With several GPUs the parts that want more than one run first, and
-the others side by side, one on each. OUT gets the parts' tables, PART.log with all that a part printed,
-and a row a part in session.csv. A part whose log is there already is not run again, except those that go on where they
-stopped (curriculum, resolution). --data: a folder of CIFAR-10 images as benchmarks/cifar10_folder.py writes it, or the
+the others side by side, one on each. OUT gets the parts' tables, PART.log with all that a part printed, and a row for
+each in session.csv. A part whose log is there already is not run again, except those that go on where they stopped
+(curriculum, resolution, study). --data: a folder of CIFAR-10 images as benchmarks/cifar10_folder.py writes it, or the
 parquet file that it unpacks.
 """
 
@@ -69,10 +69,10 @@ PARTS = {
         Part("resolution", 300, "benchmarks.resolution --data {data} --out {out}/resolution.csv "
              "--plans 0.5:3:17 0.5:3:18 --record {out}/resolution_steps --deadline {deadline}", goes_on=True),
         Part("dry_run", 180, "benchmarks.dry_run --out {out}/dry_run.csv --deadline {deadline}"),
-        Part("study", 1300, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
-             table="study.csv"),
+        Part("study", 585, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
+             table="study.csv", goes_on=True),
         Part("ranks", 240, "benchmarks.ranks --rounds 2 --seconds 5", table="ranks.csv", gpus=2),
-        Part("pair", 240, "benchmarks.tuner pair 8 cuda --out {out}/pair", table="pair.csv", gpus=2),
+        Part("pair", 240, "benchmarks.tuner pair 10 cuda --out {out}/pair", table="pair.csv", gpus=2),
     )
 }  # fmt: skip
 """In the order in which they are run, but for those that want several GPUs."""

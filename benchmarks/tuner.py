@@ -140,9 +140,9 @@ def finish(table: Any, command: list[str], study: Path, trials: int) -> None:
 
 
 def study(folder: Path, backend: list[str], file: str, deadline: int = 300) -> None:
-    """Run the file's search, and write a row for the best, the defaults and the best fixed batch."""
+    """Run the file's search, or go on with it, and write a row for the best, the defaults and the best fixed batch."""
     began = time.monotonic()
-    command = tune("search", file, "--results-dir", str(folder / "results"), *backend)
+    command = tune("search", file, "--results-dir", str(folder / "results"), "--resume", *backend)
     process = subprocess.Popen(command, stdout=DEVNULL)
     try:
         process.wait(max(1.0, deadline - 20.0))
@@ -180,10 +180,14 @@ def study(folder: Path, backend: list[str], file: str, deadline: int = 300) -> N
 
 
 def pair(folder: Path, backend: list[str], trials: int = 8, device: str = "cuda") -> None:
-    """The same search one trial at a time and two at once."""
+    """The same search one trial at a time and two at once.
+
+    `settled` counts from when the first trials have ended, who wait for a process to import PyTorch.
+    """
     what = ("benchmarks.synthetic_images:float224", "resnet50") if device == "cuda" else ("digits", "small_cnn")
     table, rates = csv.writer(sys.stdout), []
-    table.writerow(("at_once", "trials", "seconds", "trials_an_hour", "samples_per_second_median", "ratio"))
+    columns = ("at_once", "trials", "seconds", "trials_an_hour", "samples_per_second_median", "ratio")
+    table.writerow((*columns, "settled_trials_an_hour", "settled_ratio"))
     for places in (1, 2):
         name = f"at_once_{places}"
         text = PAIR.format(device=device, dataset=what[0], model=what[1], places=places)
@@ -191,11 +195,14 @@ def pair(folder: Path, backend: list[str], trials: int = 8, device: str = "cuda"
         options = ["--name", name, "--trials", str(trials), "--results-dir", str(folder / "results")]
         subprocess.run(tune("search", str(folder / f"{name}.yaml"), *options, *backend), check=False, stdout=DEVNULL)
         rows = [row for row in load_study(folder / "results" / name).trials if row.seconds and row.began]
-        seconds = max((r.began or 0) + (r.seconds or 0) for r in rows) - min(r.began or 0.0 for r in rows)
+        ends = sorted((row.began or 0.0) + (row.seconds or 0.0) for row in rows)
+        seconds = ends[-1] - min(row.began or 0.0 for row in rows)
         speeds = [row.figures.get("samples_per_second") or 0.0 for row in rows]
-        rates.append(3600 * len(rows) / seconds)
-        row = (places, len(rows), f"{seconds:.1f}", f"{rates[-1]:.0f}", f"{statistics.median(speeds):.0f}")
-        table.writerow((*row, f"{rates[-1] / rates[0]:.2f}"))
+        settled = (len(rows) - places) / max(ends[-1] - ends[places - 1], 1e-9)
+        rates.append((3600 * len(rows) / seconds, 3600 * settled))
+        row = (places, len(rows), f"{seconds:.1f}", f"{rates[-1][0]:.0f}", f"{statistics.median(speeds):.0f}")
+        (first, first_settled), (now, now_settled) = rates[0], rates[-1]
+        table.writerow((*row, f"{now / first:.2f}", f"{now_settled:.0f}", f"{now_settled / first_settled:.2f}"))
 
 
 def main(words: list[str]) -> int:
