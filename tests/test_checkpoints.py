@@ -206,7 +206,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_nothing_is_writt
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["step", "reserved_ratio", "highest_allocated", "law", "peaks", "times"])
+@pytest.mark.parametrize("name", ["step", "reserved_ratio", "pool_ratio", "highest_allocated", "law", "peaks", "times"])
 def test_a_controllers_state_that_is_damaged_is_refused_and_changes_nothing(name):
     controller = MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=1.0, target_headroom_gb=0.1))
     controller.observe(controller.decide().batch, excess_bytes=2**20)

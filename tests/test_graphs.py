@@ -169,9 +169,39 @@ def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the
     assert controller.reading.peak_allocated_bytes == 3100
     ratio = controller._reserved_ratio
     assert controller.state.peaks.predict(64) > eager + 100
+    assert controller._pool_ratio == pytest.approx(2800 / 2000)
     # an odd last batch: its own 400 bytes are reserved beside the 2,800 of the pool
     controller._highest_allocated = 0
     memory.step(base=1100, peak=1500, reserved=1100 + 2800 + 400)
     controller.observe(8, pool_bytes=2800)
     assert controller._reserved_ratio == pytest.approx(ratio + 0.3 * (1.0 - ratio))
-    assert controller.state.peaks.predict(8) == pytest.approx(1100 + 400 * controller._reserved_ratio)
+    assert controller.state.peaks.predict(8) == pytest.approx(1100 + 400 * 1.4), "what it would need as a graph"
+    controller.observe(4)
+    assert controller.state.peaks.predict(4) == pytest.approx(1100 + 400 * controller._reserved_ratio)
+
+
+@pytest.mark.parametrize("budget_mb", [3300, 3700, 4100])
+def test_a_size_that_needs_more_as_a_graph_than_eagerly_is_not_captured_again_and_again(budget_mb):
+    mb, memory = 2**20, Scripted()
+    memory.total_bytes = budget = budget_mb * mb
+    config = CurriculumConfig(
+        min_batch_size=64, max_batch_size=512, target_headroom_gb=1e-4, knee_gain_fraction=0.0, effective_batch_size=512
+    )
+    controller = MemoryPressureController(memory=memory, config=config)
+    uses, captures = 0, 0
+    size = 0
+    for _ in range(2000):
+        before, size = size, controller.decide().batch
+        uses = uses + 1 if size == before else 1
+        peak = 4 * size * mb  # above 1,000 MB between steps; a tenth more is reserved for it eagerly, 40 % for a replay
+        captures += uses == 5
+        base = (1090 if uses > 4 else 1000) * mb
+        reserved = base + int((1.4 if uses > 4 else 1.1) * peak)
+        allocated = base + (0 if uses > 4 else peak)
+        memory.reading = MemoryReading(budget, base, reserved, allocated, reserved, 0, 0)
+        if uses > 4:
+            controller.observe(size, excess_bytes=peak)
+        else:
+            controller.observe(size, pool_bytes=0)
+    assert captures <= 3
+    assert size == (512 if budget_mb > 1090 + 1.4 * 4 * 512 else 256)

@@ -220,6 +220,10 @@ class GraphedMicroBatches:
         """
         return self._excess_bytes.get(size, 0)
 
+    def may_capture(self, size: int) -> bool:
+        """Whether micro-batches of this size will be replayed if they are used often enough."""
+        return not self.off_reason and size not in self._not_faster
+
     def end_step(self, base_bytes: int) -> None:
         """Learn what lies between steps after those in which graphs were captured, their buffers included."""
         for size, captured in self._graphs.items():
@@ -287,7 +291,7 @@ class GraphedMicroBatches:
         self._not_faster.clear()
 
     def _is_due(self, size: int) -> bool:
-        if self.off_reason or self._used is None or size in self._not_faster or self._uses[size] <= _EAGER_FIRST:
+        if not self.may_capture(size) or self._used is None or self._uses[size] <= _EAGER_FIRST:
             return False
         if not self._only_if_faster or size + 1 in self._graphs:  # the parts of a batch differ by one sample at most
             return True

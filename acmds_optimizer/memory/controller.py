@@ -84,6 +84,9 @@ class MemoryPressureController:
         self._gc_threshold_bytes = min(self.config.gc_threshold_gb, self.config.target_headroom_gb) * GIB
         self._reading = self.memory.read()
         self._reserved_ratio = 1.0
+        """What is reserved above what lies between steps, by what is allocated there."""
+        self._pool_ratio = 1.0
+        """The same in replays of CUDA graphs, where it is the pool that leaves gaps."""
         self._highest_allocated = 0
         self.releases = 0
         """How often cached blocks were given back to keep the headroom."""
@@ -127,7 +130,7 @@ class MemoryPressureController:
         sample_work: float = 1.0,
         base_bytes: int | None = None,
         excess_bytes: int | None = None,
-        pool_bytes: int = 0,
+        pool_bytes: int | None = None,
     ) -> MemoryReading:
         """Learn from a finished step: reads the peak once, and starts the next.
 
@@ -140,7 +143,8 @@ class MemoryPressureController:
             excess_bytes: of a step that replayed a CUDA graph, at least how far its peak is above what lies between
                 steps, since the allocator cannot tell. All that is reserved counts then as used: the blocks of a
                 graph's pool are of no use to others. None: it ran eagerly.
-            pool_bytes: of an eager step, what is reserved by a pool of CUDA graphs beside it.
+            pool_bytes: of an eager step at a size that may become a CUDA graph, what is reserved by the graphs' pool
+                beside it. It counts with what a replay would need, as far as replays were seen. None: it stays eager.
 
         Returns:
             The reading, whose peaks are those of the step.
@@ -150,10 +154,15 @@ class MemoryPressureController:
         if excess_bytes is not None:
             peak = max(reading.peak_allocated_bytes, reading.allocated_bytes + excess_bytes)
             reading = dataclasses.replace(reading, peak_allocated_bytes=peak)
-            needed = float(max(reading.peak_allocated_bytes, reading.peak_reserved_bytes))
+            needed = float(max(peak, reading.peak_reserved_bytes))
+            if peak > base:
+                share = 0.3 if self._pool_ratio > 1.0 else 1.0
+                self._pool_ratio += share * (min((needed - base) / (peak - base), 2.0) - self._pool_ratio)
         else:
-            self._learn_reserved_ratio(reading.peak_allocated_bytes, reading.peak_reserved_bytes - pool_bytes, base)
-            needed = base + (reading.peak_allocated_bytes - base) * self._reserved_ratio
+            peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes - (pool_bytes or 0)
+            self._learn_reserved_ratio(peak, reserved, base)
+            ratio = self._reserved_ratio if pool_bytes is None else max(self._reserved_ratio, self._pool_ratio)
+            needed = base + (peak - base) * ratio
         self._reading = reading
         self.memory.reset_peak()
         seen = law.Observation(
@@ -333,6 +342,7 @@ class MemoryPressureController:
         return {
             "step": self.step,
             "reserved_ratio": self._reserved_ratio,
+            "pool_ratio": self._pool_ratio,
             "highest_allocated": self._highest_allocated,
             "law": scalars,
             "peaks": self.state.peaks.state_dict(),
@@ -345,8 +355,10 @@ class MemoryPressureController:
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it is not one; nothing has been changed.
         """
-        step, ratio, highest = int(state["step"]), float(state["reserved_ratio"]), int(state["highest_allocated"])
+        step, highest = int(state["step"]), int(state["highest_allocated"])
+        ratio, pool_ratio = float(state["reserved_ratio"]), float(state["pool_ratio"])
         times = TimeModel(tuple((int(size), tuple(values)) for size, values in state["times"]))
         scalars = {name: type(getattr(law.State(), name))(value) for name, value in state["law"].items()}
         self.state = law.State(**scalars, peaks=PeakModel.from_state_dict(state["peaks"]), times=times)
         self.step, self._reserved_ratio, self._highest_allocated = step, ratio, highest
+        self._pool_ratio = pool_ratio
