@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def run_all(parts: Sequence[Part], out: Path, data: Path | None, seconds: float)
         if fresh:
             table.writerow(COLUMNS)
         folder = None if data is None else _folder(data.resolve(), Path(scratch))
-        lock, bad = threading.Lock(), []
+        lock, stop = threading.Lock(), threading.Event()
+        bad: list[str] = []
 
         def take(part: Part, visible: str, environment: dict[str, str]) -> None:
             began = time.monotonic()
@@ -141,7 +143,7 @@ def run_all(parts: Sequence[Part], out: Path, data: Path | None, seconds: float)
             elif part.gpus > max(1, len(gpus)):
                 status = f"needs {part.gpus} GPUs, and here are {len(gpus)}"
             else:
-                status = _run(command, log, out / part.table if part.table else None, limit, environment)
+                status = _run(command, log, out / part.table if part.table else None, limit, environment, stop)
             took = time.monotonic() - began
             with lock:
                 if status not in ("ok", "was there already"):
@@ -150,28 +152,36 @@ def run_all(parts: Sequence[Part], out: Path, data: Path | None, seconds: float)
                 file.flush()
                 print(f"{part.name}: {status}, {took:.0f} s", flush=True)
 
-        def serve(gpu: str) -> None:
-            # what a part probes and remembers is none of the others' business
-            own = {"CUDA_VISIBLE_DEVICES": gpu, "XDG_CACHE_HOME": str(Path(scratch) / f"cache-{gpu}")}
-            while True:
+        def serve(visible: str, environment: dict[str, str]) -> None:
+            while not stop.is_set():
                 try:
                     part = waiting.popleft()
                 except IndexError:
                     return
-                take(part, gpu, own)
+                take(part, visible, environment)
 
-        while waiting and (waiting[0].gpus > 1 or len(gpus) < 2):
-            take(waiting.popleft(), ",".join(gpus), {})
-        threads = [threading.Thread(target=serve, args=(gpu,)) for gpu in gpus]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        everything = ",".join(gpus)
+        while waiting and waiting[0].gpus > 1:
+            take(waiting.popleft(), everything, {})
+        lanes: dict[str, dict[str, str]] = {everything: {}}
+        if len(gpus) > 1:  # what a part probes and remembers is none of the others' business
+            lanes = {
+                gpu: {"CUDA_VISIBLE_DEVICES": gpu, "XDG_CACHE_HOME": str(Path(scratch) / f"cache-{gpu}")}
+                for gpu in gpus
+            }
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            try:
+                for served in [pool.submit(serve, *lane) for lane in lanes.items()]:
+                    served.result()
+            finally:
+                stop.set()  # after Ctrl-C the others end what they run
     return int(bool(bad))
 
 
-def _run(command: list[str], log: Path, table: Path | None, limit_s: float, more: dict[str, str]) -> str:
-    """How it ended. It and all that it started are ended at the limit."""
+def _run(
+    command: list[str], log: Path, table: Path | None, limit_s: float, more: dict[str, str], stop: threading.Event
+) -> str:
+    """How it ended. It and all that it started are ended at the limit, or when `stop` is set."""
     environment = {
         **os.environ,
         **more,
@@ -187,11 +197,14 @@ def _run(command: list[str], log: Path, table: Path | None, limit_s: float, more
         finally:
             if table:
                 output.close()
+    end = time.monotonic() + limit_s
     try:
-        code = process.wait(limit_s)
+        while (code := process.poll()) is None and time.monotonic() < end:
+            if stop.wait(min(0.2, max(0.0, end - time.monotonic()))):
+                return "interrupted"
+        if code is None:
+            return f"ended after {limit_s:.0f} s"
         return "ok" if code == 0 else f"exit code {code}"
-    except subprocess.TimeoutExpired:
-        return f"ended after {limit_s:.0f} s"
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:

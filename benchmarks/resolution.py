@@ -144,7 +144,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |")
     arms_seen = list(dict.fromkeys(row["arm"] for row in rows))
     for arm in arms_seen:
-        mine = [(arms[arm], arms["full"]) for arms in by_seed.values() if arm in arms and "full" in arms]
+        mine = [(arms[arm], arms[FULL]) for arms in by_seed.values() if arm in arms and FULL in arms]
         if not mine:
             continue
         cells = [

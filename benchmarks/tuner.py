@@ -151,11 +151,12 @@ def study(folder: Path, backend: list[str], file: str, deadline: int = 300) -> N
         process.send_signal(signal.SIGINT)
         process.wait(30)
     wall = time.monotonic() - began
-    if not (folder / "results" / Path(file).stem / "journal.log").is_file():
+    found = folder / "results" / Path(file).stem
+    if not (found / "journal.log").is_file():
         raise SystemExit(
             f"the search ended with code {process.returncode} before its first trial; what it said is above"
         )
-    record = load_study(folder / "results" / Path(file).stem)
+    record = load_study(found)
     best, again = choose_best(record), confirmations(record)
     table = csv.writer(sys.stdout)
     table.writerow(("what", "trials", "feasible", record.objectives[0].name, "standard_deviation"))

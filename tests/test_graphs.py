@@ -153,7 +153,7 @@ class Scripted(BudgetedCpuMemory):
         return self.reading
 
     def step(self, *, base: int, peak: int, reserved: int) -> None:
-        self.reading = MemoryReading(10_000, base, reserved, peak, reserved, 0, 0)
+        self.reading = MemoryReading(self.total_bytes, base, reserved, peak, reserved, 0, 0)
 
 
 def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the_pool_does_not():
@@ -183,7 +183,7 @@ def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the
 @pytest.mark.parametrize("budget_mb", [3300, 3700, 4100])
 def test_a_size_that_needs_more_as_a_graph_than_eagerly_is_not_captured_again_and_again(budget_mb):
     mb, memory = 2**20, Scripted()
-    memory.total_bytes = budget = budget_mb * mb
+    memory.total_bytes = budget_mb * mb
     config = CurriculumConfig(
         min_batch_size=64, max_batch_size=512, target_headroom_gb=1e-4, knee_gain_fraction=0.0, effective_batch_size=512
     )
@@ -198,7 +198,7 @@ def test_a_size_that_needs_more_as_a_graph_than_eagerly_is_not_captured_again_an
         base = (1090 if uses > 4 else 1000) * mb
         reserved = base + int((1.4 if uses > 4 else 1.1) * peak)
         allocated = base + (0 if uses > 4 else peak)
-        memory.reading = MemoryReading(budget, base, reserved, allocated, reserved, 0, 0)
+        memory.step(base=base, peak=allocated, reserved=reserved)
         if uses > 4:
             controller.observe(size, excess_bytes=peak)
         else:

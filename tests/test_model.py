@@ -212,6 +212,13 @@ def test_there_is_no_knee_while_the_largest_size_is_clearly_the_fastest():
     assert timed(resnet50_seconds, (32,)).knee(0.015) == 0
 
 
+@pytest.mark.parametrize("row", [[8.0, 1e9, 1.0], [8.0, 1e9, 1.0, 0.0, 5.0]])
+def test_a_state_whose_rows_have_another_length_is_refused(row):
+    state = taught([(8, line(8))]).state_dict()
+    with pytest.raises(ValueError, match="values to unpack"):
+        PeakModel.from_state_dict(state | {"bins": [row]})
+
+
 def test_the_seconds_of_a_micro_batch_and_of_its_samples_lie_on_the_line_through_two_sizes():
     times = TimeModel(needed=1)
     for size in (4, 64, 128, 256):

@@ -41,7 +41,7 @@ _LEAST_GAIN = 0.05
 _CHANGING = "which parameters it uses changes from step to step"
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
@@ -50,6 +50,8 @@ class _Captured:
     soft: Tensor | None
     losses: Tensor
     peak_bytes: int
+    excess_bytes: int | None = None
+    """The peak above what lies between steps; None until the step of the capture is over."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,6 @@ class GraphedMicroBatches:
         """Which parameters had a gradient in the steps so far."""
         self._zero = True
         self._graphs: dict[int, _Captured] = {}
-        self._excess_bytes: dict[int, int] = {}
         self._optimizer: _CapturedOptimizer | None = None
         self._optimizer_uses = 0
         self._optimizer_eager = not _can_be_captured(step.guard.optimizer)
@@ -208,26 +209,22 @@ class GraphedMicroBatches:
         logger.info("CUDA graphs: off for micro-batches of %d, %+.1f %% is too little", size, 100 * gain)
         self._not_faster.add(size)
         del self._graphs[size]
-        self._excess_bytes.pop(size, None)
         if not self._graphs:
             self.release()
         self._step.guard.controller.memory.release_cache(collect=False)  # the pool's blocks are of no use to others
 
-    def excess_bytes(self, size: int) -> int:
-        """Peak of a replayed micro-batch above what lies between steps, since a replay asks the allocator for nothing.
-
-        0 where it is not known yet, in the step of the capture.
-        """
-        return self._excess_bytes.get(size, 0)
-
-    def may_capture(self, size: int) -> bool:
-        """Whether micro-batches of this size will be replayed if they are used often enough."""
-        return not self.off_reason and size not in self._not_faster
+    def untold(self, size: int) -> dict[str, int]:
+        """What the allocator cannot tell of a step in micro-batches of `size`: arguments of `controller.observe`."""
+        if self.replayed:
+            captured = self._graphs.get(size)
+            return {"excess_bytes": (captured and captured.excess_bytes) or 0}
+        return {"pool_bytes": self.pool_bytes} if self._may_capture(size) else {}
 
     def end_step(self, base_bytes: int) -> None:
         """Learn what lies between steps after those in which graphs were captured, their buffers included."""
-        for size, captured in self._graphs.items():
-            self._excess_bytes.setdefault(size, max(0, captured.peak_bytes - base_bytes))
+        for captured in self._graphs.values():
+            if captured.excess_bytes is None:
+                captured.excess_bytes = max(0, captured.peak_bytes - base_bytes)
 
     @property
     def largest(self) -> int:
@@ -273,7 +270,6 @@ class GraphedMicroBatches:
     def release(self) -> None:
         """Drop all graphs and their memory; sizes that are used again are captured again."""
         self._graphs.clear()
-        self._excess_bytes.clear()
         self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
         self.pool_bytes = 0
         self._optimizer = None
@@ -290,8 +286,12 @@ class GraphedMicroBatches:
         self._seconds.clear()
         self._not_faster.clear()
 
+    def _may_capture(self, size: int) -> bool:
+        """Whether micro-batches of this size will be replayed if they are used often enough."""
+        return not self.off_reason and size not in self._not_faster
+
     def _is_due(self, size: int) -> bool:
-        if not self.may_capture(size) or self._used is None or self._uses[size] <= _EAGER_FIRST:
+        if not self._may_capture(size) or self._used is None or self._uses[size] <= _EAGER_FIRST:
             return False
         if not self._only_if_faster or size + 1 in self._graphs:  # the parts of a batch differ by one sample at most
             return True

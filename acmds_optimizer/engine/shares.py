@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 _PATIENCE_STEPS = 20
 _HALVINGS = 30
-_SAME = 1.0 + 1e-9
 _LEAST_GAIN = 0.05
 _MOST_PIECES = 4
 """With batch_policy free, so that one very slow process does not make the others' steps, and their inputs, huge."""
@@ -109,7 +108,7 @@ def divide(standings: Sequence[Standing], held: int | None, step: int, present: 
         slowest = max(_seconds(standing.micro_batch, standing) for standing in standings)
         most = [_MOST_PIECES * size for size in micro_batches]
         shares = tuple(
-            max(1, round(_samples_within(slowest * _SAME, standing, limit)))
+            max(1, round(_samples_within(slowest, standing, limit)))
             for standing, limit in zip(standings, most, strict=True)
         )
     gain = _rate(shares, standings) / _rate(present.shares, standings) - 1.0

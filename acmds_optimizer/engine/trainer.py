@@ -432,12 +432,8 @@ class ACMDSTrainer:
         graphs, releases = self.train_step.graphs, self.controller.releases
         reading = before
         if sizes[0]:
-            excess, pool = None, None
-            if graphs is not None and graphs.replayed:
-                excess = graphs.excess_bytes(sizes[0])
-            elif graphs is not None and graphs.may_capture(sizes[0]):
-                pool = graphs.pool_bytes
-            reading = self.controller.observe(sizes[0], sample_work=work, excess_bytes=excess, pool_bytes=pool)
+            untold = graphs.untold(sizes[0]) if graphs is not None else {}
+            reading = self.controller.observe(sizes[0], sample_work=work, **untold)
         if graphs is not None:
             graphs.end_step(reading.allocated_bytes)
         for size, seconds, replayed in self._clock.timings():

@@ -157,7 +157,7 @@ class MemoryPressureController:
             needed = float(max(peak, reading.peak_reserved_bytes))
             if peak > base:
                 share = 0.3 if self._pool_ratio > 1.0 else 1.0
-                self._pool_ratio += share * (min((needed - base) / (peak - base), 2.0) - self._pool_ratio)
+                self._pool_ratio += share * (_ratio(reading.peak_reserved_bytes, peak, base) - self._pool_ratio)
         else:
             peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes - (pool_bytes or 0)
             self._learn_reserved_ratio(peak, reserved, base)
@@ -224,8 +224,7 @@ class MemoryPressureController:
         # highest allocated since the cache was last released
         if allocated >= 0.98 * self._highest_allocated and allocated > base:
             self._highest_allocated = max(self._highest_allocated, allocated)
-            ratio = (reserved - base) / (allocated - base)
-            self._reserved_ratio += 0.3 * (max(1.0, min(ratio, 2.0)) - self._reserved_ratio)
+            self._reserved_ratio += 0.3 * (_ratio(reserved, allocated, base) - self._reserved_ratio)
 
     def emergency_gc(self) -> bool:
         """Collect garbage and release cached blocks if less than `gc_threshold_gb` (at most the headroom) is free.
@@ -362,3 +361,8 @@ class MemoryPressureController:
         self.state = law.State(**scalars, peaks=PeakModel.from_state_dict(state["peaks"]), times=times)
         self.step, self._reserved_ratio, self._highest_allocated = step, ratio, highest
         self._pool_ratio = pool_ratio
+
+
+def _ratio(reserved: int, allocated: int, base: int) -> float:
+    """What is reserved above `base` by what is allocated above it, in [1, 2]."""
+    return max(1.0, min((reserved - base) / (allocated - base), 2.0))

@@ -157,7 +157,9 @@ class PeakModel:
     @staticmethod
     def from_state_dict(state: dict[str, list[list[float]]]) -> PeakModel:
         """The model that gave this `state_dict`."""
-        bins = tuple(Bin(_key(row[0]), row[0], row[1], int(row[2]), int(row[3])) for row in state["bins"])
+        bins = tuple(
+            Bin(_key(work), work, excess, int(count), int(step)) for work, excess, count, step in state["bins"]
+        )
         return PeakModel(bins, tuple(state["residuals"][0]), *state["line"][0])
 
 
