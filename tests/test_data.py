@@ -425,8 +425,12 @@ def test_chunks_shrink_to_fit_the_shared_memory(monkeypatch):
 # --- crops, flips, normalisation
 
 
-def test_the_cut_equals_pad_crop_flip_one_image_at_a_time():
-    images = small_images(40, size=16).images
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_cut_equals_pad_crop_flip_one_image_at_a_time(layout):
+    images = small_images(40, size=16).images.contiguous(memory_format=layout)
     shifts = Shifts.draw(40, epoch=0, spec=spec_for(), device=CPU)
     chosen = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     cut = shifts.cut(images, chosen[5:30], 5, 30)
@@ -434,6 +438,19 @@ def test_the_cut_equals_pad_crop_flip_one_image_at_a_time():
         padded = functional.pad(images[chosen[position]], [2, 2])
         expected = functional.crop(padded, int(shifts.rows[position]), int(shifts.columns[position]), 16, 16)
         assert torch.equal(cut[row], expected.flip(-1) if shifts.flips[position] else expected)
+    assert cut.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("crop", ["none", "pad"])
+def test_images_that_are_stored_as_nhwc_give_the_same_inputs(crop):
+    data = small_images(60)
+    inputs = []
+    for channels_last in (False, True):
+        source = ResidentSource(data.images, data.targets, spec_for(crop=crop), CPU, True, channels_last)
+        assert source.images.is_contiguous(memory_format=LAYOUTS[channels_last])
+        with source.stream(np.arange(60)[::-1].copy(), epoch=2, augment=True) as stream:
+            inputs.append(stream.take(50).inputs)
+    assert torch.equal(*inputs)
 
 
 def test_shifts_are_uniform_and_half_of_the_images_are_flipped():

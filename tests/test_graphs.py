@@ -180,6 +180,35 @@ def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the
     assert controller.state.peaks.predict(4) == pytest.approx(1100 + 400 * controller._reserved_ratio)
 
 
+def test_a_replay_in_a_pool_of_larger_graphs_counts_what_a_pool_of_its_own_would_need():
+    memory = Scripted()
+    config = CurriculumConfig(min_batch_size=1, max_batch_size=512, target_headroom_gb=1000 / 2**30)
+    controller = MemoryPressureController(memory=memory, config=config)
+    memory.step(base=1000, peak=1100, reserved=1000 + 5600)
+    controller.observe(64, excess_bytes=4000)
+    assert controller.state.peaks.predict(64) == 6600
+    controller.observe(8, excess_bytes=500, pool_bytes=5600)
+    assert controller.state.peaks.predict(8) == pytest.approx(1000 + 500 * 1.4)
+    assert controller._pool_ratio == pytest.approx(1.4)
+
+
+def test_an_odd_last_batch_is_not_captured_however_many_epochs_there_are():
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    del graphs._is_due  # type: ignore[method-assign]
+    captured: list[int] = []
+    graphs._capture = lambda part, total: captured.append(len(part))  # type: ignore[method-assign, assignment, func-returns-value]
+    step.guard.controller.observe(8)
+    decision = step.guard.controller.decide()
+    for _ in range(8):
+        for size, odd in ((8, False), (3, True)):
+            graphs.make_room(decision, size, 1.0, odd=odd)
+            step.guard.run(lambda micro: step(batch_of(micro, 0), micro), size)
+            step.guard.zero_grad()
+    assert set(captured) == {8}
+
+
 @pytest.mark.parametrize("budget_mb", [3300, 3700, 4100])
 def test_a_size_that_needs_more_as_a_graph_than_eagerly_is_not_captured_again_and_again(budget_mb):
     mb, memory = 2**20, Scripted()

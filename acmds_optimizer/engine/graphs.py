@@ -85,6 +85,7 @@ class GraphedMicroBatches:
         self._optimizer_uses = 0
         self._optimizer_eager = not _can_be_captured(step.guard.optimizer)
         self._uses: Counter[int] = Counter()
+        self._odd = False
         self._seconds: dict[tuple[int, bool], list[float]] = {}
         self._not_faster: set[int] = set()
         self._launch_seconds = math.inf
@@ -124,7 +125,7 @@ class GraphedMicroBatches:
         """Add the gradient of sum(weight * loss) / total to the buffers; losses (B,) of the samples, detached."""
         size = len(part)
         self._zero = False
-        self._uses[size] += 1
+        self._uses[size] += not self._odd
         captured = self._graphs.get(size)
         if captured is None and self._is_due(size):
             captured = self._capture(part, total)
@@ -172,7 +173,7 @@ class GraphedMicroBatches:
             return False
         optimizer = self._step.guard.optimizer
         self._optimizer_uses += 1
-        if self._optimizer_uses <= _EAGER_FIRST:
+        if self._optimizer_uses <= _EAGER_FIRST or not self._graphs:  # alone it would cost gradients that stay
             return False
         self._fix_gradients()
         settings = _settings(optimizer)
@@ -215,10 +216,12 @@ class GraphedMicroBatches:
 
     def untold(self, size: int) -> dict[str, int]:
         """What the allocator cannot tell of a step in micro-batches of `size`: arguments of `controller.observe`."""
+        pool = {"pool_bytes": self.pool_bytes}
         if self.replayed:
             captured = self._graphs.get(size)
-            return {"excess_bytes": (captured and captured.excess_bytes) or 0}
-        return {"pool_bytes": self.pool_bytes} if self._may_capture(size) else {}
+            told = {"excess_bytes": (captured and captured.excess_bytes) or 0}
+            return told if size >= self.largest else told | pool
+        return pool if self._may_capture(size) else {}
 
     def end_step(self, base_bytes: int) -> None:
         """Learn what lies between steps after those in which graphs were captured, their buffers included."""
@@ -247,6 +250,7 @@ class GraphedMicroBatches:
             self.drop_above(decision.batch)
         elif self.largest < micro_batch:
             self.drop_above(0)
+        self._odd = odd
         if not odd or not self._graphs or micro_batch in self._graphs:
             return micro_batch
         peaks = self._step.guard.controller.state.peaks

@@ -111,28 +111,41 @@ class Shifts:
     def cut(self, images: Tensor, chosen: Tensor, start: int, stop: int) -> Tensor:
         """Shifted and flipped `images[chosen]`, as the samples at positions start to stop.
 
-        Equal to padding with black, RandomCrop at (row, column), then a horizontal flip. Rows and columns are gathered
-        one after the other: indices used together are written out, 32 bytes for each byte of the images.
+        Equal to padding with black, RandomCrop at (row, column), then a horizontal flip. Lines are picked whole, with
+        the images; only columns are gathered byte by byte, along one dimension: indices of several are written out.
 
         Args:
-            images: (n, C, H, W) uint8.
+            images: (n, C, H, W) uint8, contiguous as NCHW or NHWC; the result is so too.
             chosen: (stop - start,) int64, which images.
             start: position of the first.
             stop: position after the last.
         """
         _, channels, height, width = images.shape
         device = images.device
+        nhwc = not images.is_contiguous()
+        planes, values = (1, channels) if nhwc else (channels, 1)
         pad_rows, pad_columns = self.padding
         row = torch.arange(height, device=device) + (self.rows[start:stop, None] - pad_rows)
         column = torch.arange(width, device=device)
         column = torch.where(self.flips[start:stop, None], width - 1 - column, column)
         column = column + (self.columns[start:stop, None] - pad_columns)
-        inside = ((row >= 0) & (row < height))[:, None, :, None] & ((column >= 0) & (column < width))[:, None, None, :]
-        shape = (len(chosen), channels, height, width)
-        picked = images.index_select(0, chosen)
-        picked = picked.gather(2, row.clamp_(0, height - 1)[:, None, :, None].expand(shape))
-        picked = picked.gather(3, column.clamp_(0, width - 1)[:, None, None, :].expand(shape))
-        return picked.mul_(inside)
+        inside = ((row >= 0) & (row < height))[:, None, :, None, None]
+        inside = inside & ((column >= 0) & (column < width))[:, None, None, :, None]
+        plane = chosen[:, None] * planes + torch.arange(planes, device=device)
+        line = plane[:, :, None] * height + row.clamp_(0, height - 1)[:, None, :]
+        stored = images.permute(0, 2, 3, 1) if nhwc else images
+        picked = stored.reshape(-1, width * values).index_select(0, line.flatten())
+        picked = picked.view(len(chosen), planes, height, width, values)
+        picked = picked.gather(3, column.clamp_(0, width - 1)[:, None, None, :, None].expand(picked.shape))
+        picked = picked.mul_(inside).view(len(chosen), *stored.shape[1:])
+        return picked.permute(0, 3, 1, 2) if nhwc else picked
+
+
+def pick(images: Tensor, chosen: Tensor) -> Tensor:
+    """`images[chosen]` for images (n, ...) that are contiguous, if (n, C, H, W) perhaps as NHWC; the result is so too."""
+    if images.is_contiguous():
+        return images.index_select(0, chosen)
+    return images.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)
 
 
 def draw_cutouts(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from acmds_optimizer.engine.batches import DataSource, EpochPart, EpochStream
-from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
+from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts, pick
 
 
 class ResidentSource(DataSource):
@@ -21,7 +21,7 @@ class ResidentSource(DataSource):
         spec: how images become inputs.
         device: where to keep them.
         augment: whether streams may augment at all.
-        channels_last: whether inputs are stored as NHWC.
+        channels_last: whether images and inputs are stored as NHWC.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ResidentSource(DataSource):
         self.spec = spec
         self.device = device
         self.may_augment = augment and spec.crop == "pad"
-        self.images = images.contiguous().to(device)
+        self.images = _moved(images, device, channels_last and images.dim() == 4)
         self.device_targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device)
         self.normalise = Normaliser(spec, device, channels_last)
 
@@ -55,6 +55,17 @@ class ResidentSource(DataSource):
 
 
 _CHUNK_BYTES = 32 * 2**20
+
+
+def _moved(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
+    """Images (n, ...) on the device, contiguous; a piece at a time where the layout changes, to need no room twice."""
+    if not channels_last:
+        return images.contiguous().to(device)
+    moved = torch.empty(images.shape, dtype=images.dtype, device=device, memory_format=torch.channels_last)
+    pieces = max(1, images.nbytes // _CHUNK_BYTES)
+    for target, piece in zip(moved.tensor_split(pieces), images.tensor_split(pieces), strict=True):
+        target.copy_(piece)
+    return moved
 
 
 class ResidentStream(EpochStream):
@@ -89,7 +100,7 @@ class ResidentStream(EpochStream):
         source = self._source
         indices = self.order[start:stop]
         if self._shifts is None:
-            images = source.images.index_select(0, indices)
+            images = pick(source.images, indices)
         else:
             images = self._shifts.cut(source.images, indices, start, stop)
         return source.normalise(images), source.device_targets.index_select(0, indices)

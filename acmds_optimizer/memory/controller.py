@@ -143,8 +143,9 @@ class MemoryPressureController:
             excess_bytes: of a step that replayed a CUDA graph, at least how far its peak is above what lies between
                 steps, since the allocator cannot tell. All that is reserved counts then as used: the blocks of a
                 graph's pool are of no use to others. None: it ran eagerly.
-            pool_bytes: of an eager step at a size that may become a CUDA graph, what is reserved by the graphs' pool
-                beside it. It counts with what a replay would need, as far as replays were seen. None: it stays eager.
+            pool_bytes: reserved by the pool of larger graphs, where the step was a replay, or by that of any, where it
+                was an eager one at a size that may become a graph. The step counts then with what a replay in a pool of
+                its own would need, as far as replays were seen. None: there is no such pool, or it stays eager.
 
         Returns:
             The reading, whose peaks are those of the step.
@@ -154,10 +155,12 @@ class MemoryPressureController:
         if excess_bytes is not None:
             peak = max(reading.peak_allocated_bytes, reading.allocated_bytes + excess_bytes)
             reading = dataclasses.replace(reading, peak_allocated_bytes=peak)
-            needed = float(max(peak, reading.peak_reserved_bytes))
-            if peak > base:
-                share = 0.3 if self._pool_ratio > 1.0 else 1.0
-                self._pool_ratio += share * (_ratio(reading.peak_reserved_bytes, peak, base) - self._pool_ratio)
+            needed = base + (peak - base) * self._pool_ratio
+            if pool_bytes is None:
+                needed = float(max(peak, reading.peak_reserved_bytes))
+                if peak > base:
+                    share = 0.3 if self._pool_ratio > 1.0 else 1.0
+                    self._pool_ratio += share * (_ratio(reading.peak_reserved_bytes, peak, base) - self._pool_ratio)
         else:
             peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes - (pool_bytes or 0)
             self._learn_reserved_ratio(peak, reserved, base)
