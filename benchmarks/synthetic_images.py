@@ -10,10 +10,10 @@ COUNT = 2048
 CLASSES = 1000
 
 
-def float224() -> tuple[TensorImages, TensorImages]:
-    """2,048 float images of 3 x 224 x 224, which stay on the GPU (1.15 GiB), and 16 for validation."""
+def float224() -> tuple[TensorImages, None]:
+    """2,048 float images of 3 x 224 x 224, which stay on the GPU (1.15 GiB), and none for validation."""
     generator = torch.Generator().manual_seed(0)
     some = torch.rand((16, 3, 224, 224), generator=generator)
     targets = torch.randint(0, CLASSES, (COUNT,), generator=generator)
     targets[-1] = CLASSES - 1
-    return TensorImages(some.repeat(COUNT // 16, 1, 1, 1), targets), TensorImages(some, targets[:16])
+    return TensorImages(some.repeat(COUNT // 16, 1, 1, 1), targets), None

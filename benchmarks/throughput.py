@@ -75,12 +75,12 @@ class Cell:
     def __init__(self, model: str, size: int, device: torch.device, images: int) -> None:
         self.model, self.size, self.device = model, size, device
         self.classes = 10 if size <= 64 else 1000
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         spec = InputSpec(
             (3, size, size), (0.5,) * 3, (0.25,) * 3, True, "pad" if size <= 64 else "none", False, self.classes, 0
         )
-        pool = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
-        targets = torch.randint(0, self.classes, (images,), generator=generator).numpy()
+        pool = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator, device=device)
+        targets = np.random.default_rng(0).integers(0, self.classes, images)
         self.source = ResidentSource(pool, targets, spec, device, True, device.type == "cuda")
 
     def build(self) -> nn.Module:
@@ -295,7 +295,7 @@ def grid(bench: Bench, options: argparse.Namespace) -> None:
         for size in options.image_sizes:
             if size < 64 and model not in ("resnet18", "small_cnn"):
                 continue  # the others shrink 32 px to nothing
-            cell = Cell(model, size, bench.device, 50_000 if size <= 64 and cuda else 8192 if cuda else 512)
+            cell = Cell(model, size, bench.device, 50_000 if size <= 64 and cuda else 25_000 if cuda else 512)
             for batch in options.batches:
                 if bench.late():
                     return

@@ -142,7 +142,7 @@ class Shifts:
 
 
 def pick(images: Tensor, chosen: Tensor) -> Tensor:
-    """`images[chosen]` for images (n, ...) that are contiguous, if (n, C, H, W) perhaps as NHWC; the result is so too."""
+    """`images[chosen]` of images (n, ...) that are contiguous, perhaps as NHWC; the result is so too."""
     if images.is_contiguous():
         return images.index_select(0, chosen)
     return images.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ import torch
 
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.step import StepClock, TrainStep
-from acmds_optimizer.errors import ConfigError, DataError
+from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.memory.guard import OutOfMemoryEvent, is_out_of_memory
 
 _REHEARSALS = 12
@@ -67,39 +67,28 @@ def rehearse(
         if leap:
             break
     guard.optimizer.zero_grad(set_to_none=True)
-    controller.memory.release_cache()  # sizes that are not used again have left their blocks
+    controller.memory.release_cache(collect=False)  # sizes that are not used again have left their blocks
 
 
-def check_outputs(train_step: TrainStep, batch: Batch, num_classes: int | None, *, shrunk: bool) -> None:
-    """Run one sample forward and look at what comes out.
-
-    On CUDA a label without an output is an assertion in a kernel, after which the process is of no use.
+def check_size(train_step: TrainStep, batch: Batch) -> None:
+    """Run one sample forward, whose images are smaller than was asked for, to see that the model can take them.
 
     Args:
         train_step: its model is run in evaluation mode.
         batch: its first sample is used.
-        num_classes: outputs that are needed; None: not known.
-        shrunk: whether the images are smaller than asked for, since they start at a lower resolution.
 
     Raises:
-        DataError: there are fewer outputs than classes.
-        ConfigError: the model cannot take images that small.
+        ConfigError: it cannot.
     """
-    if num_classes is None and not shrunk:
-        return
     train_step.model.eval()
     try:
         with torch.no_grad():
-            outputs = train_step.logits(batch.inputs[:1])
+            train_step.logits(batch.inputs[:1])
     except (RuntimeError, AssertionError, ValueError) as error:
-        if not shrunk or is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         size = "x".join(str(side) for side in batch.inputs.shape[2:])
         message = f"the model cannot take images of {size} px ({error}); leave start_resolution at 1"
         raise ConfigError("start_resolution", [message]) from error
     finally:
         train_step.model.train()
-    if num_classes is not None and outputs.shape[-1] < num_classes:
-        raise DataError(
-            f"the model has {outputs.shape[-1]} outputs for {num_classes} classes; build it with num_classes outputs"
-        )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import platform
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_pla
 from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.files import replacing
-from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments
+from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments, usable_device
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.items import length
 from acmds_optimizer.zoo.models import build_model, freeze
@@ -76,10 +78,12 @@ def run_training(
     ranks.agree({name: value for name, value in to_dict(config).items() if name not in _OF_ONE_CARD})
     began = time.monotonic()
     torch.manual_seed(config.seed)
-    memory = _open_memory(config)
+    device = usable_device(config.device)
     with ranks.first_goes_ahead():
         bundle = build_data(config)
-        model = make_model(config, bundle)
+        with _waking(device):
+            model = make_model(config, bundle)
+    memory = _open_memory(config)
     if not ranks.first:
         torch.manual_seed(config.seed + ranks.rank)  # dropout is to differ
     if memory.device.type == "cuda":
@@ -309,6 +313,25 @@ def _with_these_settings(
     for saved, asked in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
         saved |= {name: asked[name] for name in ("weight_decay", "momentum", "nesterov") if name in asked}
     return state
+
+
+@contextlib.contextmanager
+def _waking(device: torch.device) -> Iterator[None]:
+    """Start CUDA and load cuDNN meanwhile, which takes half a second in which the host has nothing to do."""
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # whoever needs the card will say better what is wrong with it
+            images = torch.zeros(1, 8, 8, 8, device=device)
+            torch.nn.functional.conv2d(images, images)
+
+    if device.type != "cuda":
+        yield
+        return
+    prefer_expandable_segments()
+    thread = threading.Thread(target=wake, name="acmds-wake", daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 def _open_memory(config: TrainConfig) -> MemoryDevice:

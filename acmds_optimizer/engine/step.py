@@ -56,6 +56,8 @@ class TrainStep:
     ) -> None:
         self.model = model
         self.keep_logits = keep_logits
+        self.num_classes: int | None = None
+        """Outputs that the labels need; None: not known."""
         self._run: Callable[[Tensor], Any] = model
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
@@ -107,6 +109,9 @@ class TrainStep:
 
         Returns:
             The unreduced, unsmoothed losses (B,), detached; with `keep_logits` (B, 1 + C): losses, then logits.
+
+        Raises:
+            DataError: there are fewer outputs than classes.
         """
         try:
             logits = self.logits(inputs)
@@ -115,6 +120,12 @@ class TrainStep:
                 raise
             with running_statistics(self.model):
                 logits = self.logits(inputs)
+        if self.num_classes is not None and logits.shape[-1] < self.num_classes:
+            # on CUDA a label without an output is an assertion in a kernel, after which the process is of no use
+            raise DataError(
+                f"the model has {logits.shape[-1]} outputs for {self.num_classes} classes; build it with num_classes "
+                "outputs"
+            )
         minimised, losses = self.loss(logits, targets, soft)
         weighted = (minimised * shares).sum()
         if self.guard.scaler is not None:

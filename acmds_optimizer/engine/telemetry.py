@@ -419,10 +419,10 @@ def _means(losses: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(losses).double()
     sizes = torch.tensor([len(part) for part in losses])
     values = torch.cat(losses).double()
-    sums = torch.stack((values, -torch.expm1(-values)), dim=1).cumsum(0)
-    ends = sums.index_select(0, (sizes.cumsum(0) - 1).to(values.device, non_blocking=True))
-    sums = torch.diff(ends, dim=0, prepend=torch.zeros_like(ends[:1]))
-    return sums / sizes.to(values.device, non_blocking=True)[:, None]
+    sums = torch.stack((values, -torch.expm1(-values))).cumsum(1)  # along rows: columns are summed by one thread each
+    ends = sums.index_select(1, (sizes.cumsum(0) - 1).to(values.device, non_blocking=True))
+    sums = torch.diff(ends, dim=1, prepend=torch.zeros_like(ends[:, :1]))
+    return (sums / sizes.to(values.device, non_blocking=True)).T.contiguous()
 
 
 def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

@@ -31,7 +31,7 @@ from acmds_optimizer.engine.graphs import wanted_graphs
 from acmds_optimizer.engine.growth import GrowingImages
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
 from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
-from acmds_optimizer.engine.rehearsal import check_outputs, rehearse
+from acmds_optimizer.engine.rehearsal import check_size, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
 from acmds_optimizer.engine.scores import PendingScores
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
@@ -161,6 +161,7 @@ class ACMDSTrainer:
         self._num_classes = bundle.num_classes if bundle is not None else None
         self.feedback = Feedback(self.dataset.scores, self.config, self.device, self._num_classes)
         self.train_step.keep_logits = self.feedback.needs_logits
+        self.train_step.num_classes = self._num_classes
         self.scores = PendingScores(self.feedback, self.ranks, self._num_classes)
         self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
         source = partial(
@@ -273,7 +274,8 @@ class ACMDSTrainer:
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
             batch = self._prepared(stream.take(self.controller.limits.buckets[-1]))
         self.controller.memory.track([batch.inputs, batch.targets])
-        check_outputs(self.train_step, batch, self._num_classes, shrunk=self.growth is not None)
+        if self.growth is not None:
+            check_size(self.train_step, batch)
         rehearse(
             self.train_step, self._clock, batch, work,
             lambda event: self.recorder.out_of_memory(event, self._where(), recovered=True),

@@ -295,6 +295,19 @@ def open_memory(device: str | int | torch.device, memory_limit_gb: float | None 
         memory_limit_gb: cap; None: all that is free on CUDA, 24 on the CPU.
 
     Raises:
+        RuntimeError, ConfigError: as for `usable_device`.
+    """
+    device = usable_device(device)
+    limit_bytes = int(memory_limit_gb * GIB) if memory_limit_gb else None
+    if device.type == "cpu":
+        return BudgetedCpuMemory(limit_bytes or int(DEFAULT_CPU_LIMIT_GB * GIB))
+    return CudaMemory(device, limit_bytes)
+
+
+def usable_device(device: str | int | torch.device) -> torch.device:
+    """`device`, if it is there.
+
+    Raises:
         RuntimeError: CUDA is asked for and not available; says how to ask for the CPU.
         ConfigError: another kind of device, or a CUDA device that is not there.
     """
@@ -302,9 +315,8 @@ def open_memory(device: str | int | torch.device, memory_limit_gb: float | None 
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except RuntimeError:
         raise ConfigError("device", [f"{device!r} is no device; use cuda, cuda:N or cpu"]) from None
-    limit_bytes = int(memory_limit_gb * GIB) if memory_limit_gb else None
     if device.type == "cpu":
-        return BudgetedCpuMemory(limit_bytes or int(DEFAULT_CPU_LIMIT_GB * GIB))
+        return device
     if device.type != "cuda":
         raise ConfigError("device", [f"{device.type!r} is not supported; use cuda, cuda:N or cpu"])
     if not torch.cuda.is_available():
@@ -316,4 +328,4 @@ def open_memory(device: str | int | torch.device, memory_limit_gb: float | None 
         raise ConfigError(
             "device", [f"{device} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)"]
         )
-    return CudaMemory(device, limit_bytes)
+    return device
