@@ -51,7 +51,7 @@ class Part:
     gpus: int = 1
 
 
-_GRID = "benchmarks.throughput --out {out}/{part}.csv --parts grid --image-sizes 224 --deadline {deadline}"
+_THROUGHPUT = "benchmarks.throughput --out {out}/{part}.csv --deadline {deadline} --parts"
 _CURRICULUM = "benchmarks.curriculum cifar --data {data} --out {out}/curriculum.csv --seeds 3 --deadline {deadline}"
 PARTS = {
     part.name: part
@@ -59,12 +59,11 @@ PARTS = {
         Part("tests", 300, "pytest -m gpu -q -p no:cacheprovider"),
         Part("memory", 580, "benchmarks.memory --out {out}/memory.csv --plot {out}/neighbour.png --seconds 6 "
              "--deadline {deadline}"),
-        Part("grid", 300, f"{_GRID} --models resnet50,efficientnet_b0,resnet18 --batches 32,128,256 --seconds 0.7"),
-        Part("jpeg", 120, "benchmarks.throughput --out {out}/jpeg.csv --parts jpeg --jpegs 2000 --deadline {deadline}"),
-        Part("cifar", 120, "benchmarks.throughput --out {out}/cifar.csv --parts first,cifar --folder {data} "
-             "--deadline {deadline}"),
-        Part("compiled", 240, f"{_GRID} --models resnet50,efficientnet_b0 --batches 32,256 "
-             "--systems eager,compiled,ours,ours_compiled"),
+        Part("grid", 540, f"{_THROUGHPUT} headline,grid"),
+        Part("jpeg", 120, f"{_THROUGHPUT} jpeg --jpegs 2000"),
+        Part("cifar", 120, f"{_THROUGHPUT} first,cifar --folder {{data}}"),
+        Part("compiled", 240, f"{_THROUGHPUT} grid --image-sizes 224 --models resnet50,efficientnet_b0 "
+             "--batches 32,256 --systems eager,compiled,ours,ours_compiled"),
         Part("curriculum_15", 560, f"{_CURRICULUM} --epochs 15", goes_on=True),
         Part("curriculum_30", 560, f"{_CURRICULUM} --epochs 30", goes_on=True),
         Part("resolution", 300, "benchmarks.resolution --data {data} --out {out}/resolution.csv "

@@ -9,9 +9,10 @@ or a busy neighbour hits them alike; `ratio` is the median over the rounds of th
 round. All have the same model, fused AdamW, bf16 and NHWC, but for `ours_auto`, which chooses by itself. The plain loop
 and the graph get the same images again and again, eager_fed the next ones; ours draws, augments, scores and logs them.
 
-Parts: grid (every model, size and batch); headline (what one gets who leaves the batch to us, over a common batch);
-cifar (--folder: images through `acmds-train`, against the bare graph); jpeg (JPEG files of 500 px, against what the
-workers decode and what the model trains); first (seconds from the start of `acmds-train` to the first step).
+Parts: grid (every model, size and batch, as far as the plain loop fits into 23.2 GiB); headline (what one gets who
+leaves the batch to us, over a common batch); cifar (--folder: images through `acmds-train`, against the bare graph);
+jpeg (JPEG files of 500 px, against what the workers decode and what the model trains); first (seconds from the start of
+`acmds-train` to the first step).
 """
 
 from __future__ import annotations
@@ -230,8 +231,8 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def compare(self, systems: dict[str, Callable[[], tuple[System, ACMDSTrainer | None]]], **where: Any) -> None:
-        """A row for each system; the first is what the ratios are by."""
+    def compare(self, systems: dict[str, Callable[[], tuple[System, ACMDSTrainer | None]]], **where: Any) -> float:
+        """A row for each system; the first is what the ratios are by. Its peak in GiB, 0 where it did not run."""
         ready: dict[str, tuple[System, ACMDSTrainer | None, float, float, int]] = {}
         bad: dict[str, tuple[str, str]] = {}
         for name, build in systems.items():
@@ -271,10 +272,12 @@ class Bench:
             )  # fmt: skip
             if trainer is not None:
                 trainer.shutdown()
+        first_peak = ready[first][2] / GIB if first in ready else 0.0
         ready.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        return first_peak
 
     def _allocated(self) -> int:
         if self.device.type != "cuda":
@@ -296,9 +299,12 @@ def grid(bench: Bench, options: argparse.Namespace) -> None:
             if size < 64 and model not in ("resnet18", "small_cnn"):
                 continue  # the others shrink 32 px to nothing
             cell = Cell(model, size, bench.device, 50_000 if size <= 64 and cuda else 25_000 if cuda else 512)
+            peak_per_sample = 0.0
             for batch in options.batches:
                 if bench.late():
                     return
+                if cuda and batch * peak_per_sample > CAP_GB:
+                    continue  # it would not fit on the card that this is about
                 systems: dict[str, Any] = {
                     "eager": lambda batch=batch, cell=cell: (eager(cell, batch), None),
                     "eager_fed": lambda batch=batch, cell=cell: (eager(cell, batch, fed=True), None),
@@ -311,7 +317,8 @@ def grid(bench: Bench, options: argparse.Namespace) -> None:
                     ),
                 }  # fmt: skip
                 chosen = {name: systems[name] for name in options.systems}
-                bench.compare(chosen, part="grid", model=model, image_size=size, batch=batch)
+                peak = bench.compare(chosen, part="grid", model=model, image_size=size, batch=batch)
+                peak_per_sample = peak / batch
 
 
 def headline(bench: Bench, options: argparse.Namespace) -> None:
