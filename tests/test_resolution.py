@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from acmds_optimizer import ACMDSTrainer
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
-from acmds_optimizer.curriculum.resolution import Stages, by_products
+from acmds_optimizer.curriculum.resolution import Stages
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 
@@ -160,17 +160,3 @@ def test_a_model_that_takes_one_size_only_is_told_so():
     trainer = ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory)
     with trainer, pytest.raises(ConfigError, match="cannot take images of 8x8 px"):
         trainer.train_epoch()
-
-
-@pytest.mark.parametrize("shape", [(3, 128, 128), (3, 96, 64), (1, 40, 56)])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_images_are_averaged_down_as_torch_does_it(shape, layout):
-    growing = stages(shape, 0.5, 4)
-    images = torch.rand(5, *shape).contiguous(memory_format=layout)
-    for number, size in enumerate(growing.sizes):
-        resized = by_products(images, size)
-        expected = torch.nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
-        assert torch.allclose(resized, expected, atol=1e-5)
-        assert resized.is_contiguous(memory_format=layout)
-        assert torch.allclose(growing.resize(images, number), expected, atol=1e-5)
-    assert growing.resize(images, len(growing.sizes) - 1) is images

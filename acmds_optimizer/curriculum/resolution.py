@@ -7,10 +7,8 @@ is told the relative size of a sample, so the micro-batch grows as S shrinks, un
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -82,33 +80,10 @@ class Stages:
         return height * width / (full_height * full_width)
 
     def resize(self, inputs: Tensor, number: int) -> Tensor:
-        """Inputs (n, C, H, W), float, at the size of that stage, averaged over the pixels that fall together.
-
-        On CUDA by two matrix products: `interpolate` has a thread there for each pixel of one image, and loops over
-        the others.
-        """
+        """Inputs (n, C, H, W), float, at the size of that stage, averaged over the pixels that fall together."""
         if number == len(self.sizes) - 1:
             return inputs
-        if inputs.device.type == "cuda":
-            return by_products(inputs, self.sizes[number])
         return interpolate(inputs, size=self.sizes[number], mode="bilinear", antialias=True)
-
-
-def by_products(inputs: Tensor, size: tuple[int, int]) -> Tensor:
-    """As `interpolate(inputs, size, mode="bilinear", antialias=True)`, in the layout of `inputs` (n, C, H, W)."""
-    layout = torch.channels_last if inputs.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    down, across = (
-        _averages(full, side, inputs.device, inputs.dtype) for full, side in zip(inputs.shape[2:], size, strict=True)
-    )
-    columns = inputs.contiguous() @ across
-    return (columns.transpose(2, 3) @ down).transpose(2, 3).contiguous(memory_format=layout)
-
-
-@functools.lru_cache(maxsize=64)
-def _averages(full: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The matrix (full, side) by which a side of `full` pixels gets `side` pixels."""
-    each = torch.eye(full)[None, None]
-    return interpolate(each, size=(full, side), mode="bilinear", antialias=True)[0, 0].to(device, dtype)
 
 
 def _side(scale: float, full: int) -> int:

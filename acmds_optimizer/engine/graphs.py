@@ -86,6 +86,8 @@ class GraphedMicroBatches:
         self._optimizer_eager = not _can_be_captured(step.guard.optimizer)
         self._uses: Counter[int] = Counter()
         self._odd = False
+        self._alone = True
+        """Whether nothing eager has left blocks beside the pool, so that all that is reserved is what replays need."""
         self._seconds: dict[tuple[int, bool], list[float]] = {}
         self._not_faster: set[int] = set()
         self._launch_seconds = math.inf
@@ -131,6 +133,7 @@ class GraphedMicroBatches:
             captured = self._capture(part, total)
         self.replayed = captured is not None
         if captured is None:
+            self._alone &= not self._graphs
             losses = self._step.backward(part.inputs, part.targets, part.weights / total, part.soft)
             pairs = zip(self._parameters, self._buffers, strict=False)
             if any(p.grad is not None and buffer is None for p, buffer in pairs):
@@ -220,7 +223,7 @@ class GraphedMicroBatches:
         if self.replayed:
             captured = self._graphs.get(size)
             told = {"excess_bytes": (captured and captured.excess_bytes) or 0}
-            return told if size >= self.largest else told | pool
+            return told if self._alone and size >= self.largest else told | pool
         return pool if self._may_capture(size) else {}
 
     def end_step(self, base_bytes: int) -> None:
@@ -261,9 +264,10 @@ class GraphedMicroBatches:
         return int(min(room, micro_batch))
 
     def clear_surroundings(self) -> None:
-        """Give back the blocks that eager work has left beside the pool, which no replay can use."""
+        """Give back the blocks that eager work has left beside the pool, which no replay can use. Waits for the GPU."""
         if self._graphs:
             self._step.guard.controller.memory.release_cache(collect=False)
+            self._alone = True
 
     def drop_above(self, micro_batch: int) -> None:
         """Drop the graphs and give their memory back, if a larger size than this is captured."""
@@ -312,6 +316,7 @@ class GraphedMicroBatches:
         self._fix_gradients()
         memory = self._step.guard.controller.memory
         memory.release_cache(collect=False)
+        self._alone = True
         before = memory.read()
         memory.reset_peak()
         graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares, soft))

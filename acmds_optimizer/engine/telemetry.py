@@ -251,6 +251,12 @@ class Recorder:
         if len(self._pending) >= _FLUSH_ROWS:
             self.flush(wait=False)
 
+    def waited(self, seconds: float) -> None:
+        """Count the end of an epoch, in which the device catches up with the host, into the samples a second."""
+        self._all_seconds += seconds
+        if self.figures["steps"] > _WARM_UP_STEPS:
+            self._timed_seconds += seconds
+
     def out_of_memory(self, event: OutOfMemoryEvent, where: dict[str, Any], *, recovered: bool) -> None:
         """Record and count a caught error, of a step or of a rehearsal."""
         self.figures["oom_events"] += 1

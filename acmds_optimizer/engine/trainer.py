@@ -236,12 +236,7 @@ class ACMDSTrainer:
             with self._open_stream() as stream:
                 while self._goes_on() and (self.team and self.team.division) is division:
                     self._one_step(stream, clock)
-                    now = time.perf_counter()
-                    if self.team is None:
-                        self.seconds += now - clock
-                    else:
-                        self._unagreed_seconds += now - clock
-                    clock = now
+                    clock = self._count_time(clock)
                     self.after_step()
                     self._report()
         self.scores.enter(self.epoch)
@@ -253,10 +248,20 @@ class ACMDSTrainer:
             self._judge_noise()
             self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
             self.unvalidated = True
+        self.recorder.waited(self._count_time(clock) - clock)
         self.unvalidated |= self.progress >= 1.0
         self.recorder.flush()
         self.last_epoch_loss = self.recorder.end_epoch() if self.unvalidated else self.recorder.epoch_loss
         return self._figures()
+
+    def _count_time(self, since: float) -> float:
+        """Count the time since then as training; now."""
+        now = time.perf_counter()
+        if self.team is None:
+            self.seconds += now - since
+        else:
+            self._unagreed_seconds += now - since
+        return now
 
     def _figures(self) -> dict[str, float]:
         figures, loss = self.recorder.figures, self.last_epoch_loss
@@ -328,8 +333,6 @@ class ACMDSTrainer:
         self.guard.zero_grad()  # what lies between steps is then the model and its optimizer
         self.sampler.position += total
         result = dataclasses.replace(result, value=losses)
-        if odd and self.train_step.graphs is not None:
-            self.train_step.graphs.clear_surroundings()
         self._observe(decision, total, result, sizes, work, before, lr, began)
         self.step += 1
 
