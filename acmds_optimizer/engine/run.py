@@ -11,7 +11,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,8 @@ def run_training(
     device = usable_device(config.device)
     with ranks.first_goes_ahead():
         bundle = build_data(config)
-        with _waking(device):
-            model = make_model(config, bundle)
+        awake = _wake(device)
+        model = make_model(config, bundle)
     memory = _open_memory(config)
     if not ranks.first:
         torch.manual_seed(config.seed + ranks.rank)  # dropout is to differ
@@ -90,6 +90,7 @@ def run_training(
         torch.cuda.manual_seed(config.seed + ranks.rank)
     optimizer = build_optimizer(model, config)
     state = _with_settings(checkpoint.load(resume), config, optimizer) if resume is not None else None
+    awake()
     trainer = ACMDSTrainer(
         model, bundle.train, optimizer, config,
         memory=memory, val_dataset=bundle.val, bundle=bundle, ranks=ranks,
@@ -315,9 +316,8 @@ def _with_these_settings(
     return state
 
 
-@contextlib.contextmanager
-def _waking(device: torch.device) -> Iterator[None]:
-    """Start CUDA and load cuDNN meanwhile, which takes half a second in which the host has nothing to do."""
+def _wake(device: torch.device) -> Callable[[], None]:
+    """Begin to start CUDA and to load cuDNN, half a second in which the host builds the model; what waits for the end."""
 
     def wake() -> None:
         with contextlib.suppress(RuntimeError):  # whoever needs the card will say better what is wrong with it
@@ -325,13 +325,11 @@ def _waking(device: torch.device) -> Iterator[None]:
             torch.nn.functional.conv2d(images, images)
 
     if device.type != "cuda":
-        yield
-        return
+        return lambda: None
     prefer_expandable_segments()
     thread = threading.Thread(target=wake, name="acmds-wake", daemon=True)
     thread.start()
-    yield
-    thread.join()
+    return thread.join
 
 
 def _open_memory(config: TrainConfig) -> MemoryDevice:

@@ -319,7 +319,7 @@ def usable_device(device: str | int | torch.device) -> torch.device:
         return device
     if device.type != "cuda":
         raise ConfigError("device", [f"{device.type!r} is not supported; use cuda, cuda:N or cpu"])
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():  # asks the driver's library; `is_available` starts CUDA, a quarter of a second
         raise RuntimeError(
             f"CUDA is not available: {no_cuda_reason()}. To train on the CPU, with a budget of memory_limit_gb, pass "
             f'device_id="cpu" (command line: --device cpu)'
