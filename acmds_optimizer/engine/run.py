@@ -317,7 +317,7 @@ def _with_these_settings(
 
 
 def _wake(device: torch.device) -> Callable[[], None]:
-    """Begin to start CUDA and to load cuDNN, half a second in which the host builds the model; what waits for the end."""
+    """Begin to start CUDA and load cuDNN, half a second in which the host builds the model. The result waits for it."""
 
     def wake() -> None:
         with contextlib.suppress(RuntimeError):  # whoever needs the card will say better what is wrong with it
