@@ -60,7 +60,7 @@ PARTS = {
         Part("memory", 580, "benchmarks.memory --out {out}/memory.csv --plot {out}/neighbour.png --seconds 6 "
              "--deadline {deadline}"),
         Part("grid", 540, f"{_THROUGHPUT} headline,grid"),
-        Part("jpeg", 120, f"{_THROUGHPUT} jpeg --jpegs 2000"),
+        Part("jpeg", 120, f"{_THROUGHPUT} jpeg"),
         Part("cifar", 120, f"{_THROUGHPUT} first,cifar --folder {{data}}"),
         Part("compiled", 240, f"{_THROUGHPUT} grid --image-sizes 224 --models resnet50,efficientnet_b0 "
              "--batches 32,256 --systems eager,compiled,ours,ours_compiled"),

@@ -58,8 +58,11 @@ _CHUNK_BYTES = 32 * 2**20
 
 
 def _moved(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
-    """Images (n, ...) on the device, contiguous; a piece at a time where the layout changes, to need no room twice."""
-    if not channels_last:
+    """Images (n, ...) on the device, contiguous; a piece at a time where the layout changes, to need no room twice.
+
+    What is there already keeps its layout, since a copy would lie beside it.
+    """
+    if not channels_last or images.device.type == device.type:
         return images.contiguous().to(device)
     moved = torch.empty(images.shape, dtype=images.dtype, device=device, memory_format=torch.channels_last)
     pieces = max(1, images.nbytes // _CHUNK_BYTES)
