@@ -445,12 +445,18 @@ def test_the_cut_equals_pad_crop_flip_one_image_at_a_time(layout):
 def test_images_that_are_stored_as_nhwc_give_the_same_inputs(crop):
     data = small_images(60)
     inputs = []
-    for channels_last in (False, True):
-        source = ResidentSource(data.images, data.targets, spec_for(crop=crop), CPU, True, channels_last)
-        assert source.images.is_contiguous(memory_format=LAYOUTS[channels_last])
+    for layout in LAYOUTS:
+        source = ResidentSource(data.images, data.targets, spec_for(crop=crop), CPU, augment=True)
+        source.images = source.images.contiguous(memory_format=layout)
         with source.stream(np.arange(60)[::-1].copy(), epoch=2, augment=True) as stream:
             inputs.append(stream.take(50).inputs)
     assert torch.equal(*inputs)
+
+
+def test_images_that_are_on_the_device_already_are_not_copied_there():
+    data = small_images(8)
+    source = ResidentSource(data.images, data.targets, spec_for(), CPU, augment=True, channels_last=True)
+    assert source.images.data_ptr() == data.images.data_ptr()
 
 
 def test_shifts_are_uniform_and_half_of_the_images_are_flipped():
@@ -693,13 +699,13 @@ def test_workers_leave_one_core_free_and_stop_at_eight(monkeypatch, cores, proce
 @pytest.mark.gpu
 def test_a_batch_on_cuda_equals_the_one_on_the_cpu(photos):
     data = small_images()
-    made = [
-        ResidentSource(data.images, data.targets, spec_for(), torch.device(kind), augment=True)
-        for kind in ("cpu", "cuda")
-    ]
-    first, second = (take_all(source, [7]) for source in made)
-    assert second.inputs.is_cuda
-    assert torch.allclose(first.inputs, second.inputs.cpu(), atol=1e-6)
+    first = take_all(ResidentSource(data.images, data.targets, spec_for(), CPU, augment=True), [7])
+    for channels_last in (False, True):
+        source = ResidentSource(data.images, data.targets, spec_for(), torch.device("cuda"), True, channels_last)
+        assert source.images.is_contiguous(memory_format=LAYOUTS[channels_last])
+        second = take_all(source, [7])
+        assert second.inputs.is_cuda
+        assert torch.allclose(first.inputs, second.inputs.cpu(), atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -43,10 +43,12 @@ def rehearse(
         size = min(controller.decide(sample_work, rehearsal=True).batch, len(batch))
         if size == last:
             break
-        # two sizes tell enough for a last leap, whose time the first real steps will tell
+        # two sizes tell enough for a last leap
         leap = controller.state.peaks.sizes >= 2 and size <= _LAST_LEAP * last
+        # the smallest is timed too, which costs little; the first real steps will tell the time of the others
+        repeats = 1 if last else 1 + controller.state.times.needed
         last = size
-        for repeat in range(1 if leap else 1 + controller.state.times.needed):
+        for repeat in range(repeats):
             began = time.perf_counter()
             clock.start()
             event = guard.rehearse(
