@@ -210,7 +210,7 @@ def main(words: list[str]) -> int:
     commands = {"overhead": overhead, "kill": kill, "study": study, "pair": pair}
     if not words or words[0] not in commands:
         say(__doc__ or "")
-        return 2
+        return 0 if words in (["--help"], ["-h"]) else 2
     backend: list[str] = []
     if "--backend" in words:
         place = words.index("--backend")

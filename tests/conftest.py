@@ -1,8 +1,10 @@
-"""What all tests share: the `gpu` marker, and one thread a process: the tensors are tiny."""
+"""What all tests share: the `gpu` marker, and one thread a process: the tensors are tiny; no log of another test."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,3 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _log_of_this_test_only() -> Iterator[None]:
+    """Drop the handlers that a command set up within the test: they write to its captured, soon closed streams."""
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) in (logging.StreamHandler, logging.FileHandler):
+            logging.root.removeHandler(handler)
