@@ -422,6 +422,25 @@ def test_chunks_shrink_to_fit_the_shared_memory(monkeypatch):
     assert decode._chunk_samples(192, workers=8) == decode.CHUNK_SAMPLES
 
 
+@pytest.mark.parametrize(
+    ("count", "largest", "workers", "distinct"),
+    [
+        (300, 64, 2, [8, 16, 32, 47]),
+        (5000, 64, 8, [8, 16, 32, 63, 64]),
+        (1500, 64, 31, [8, 16, 24, 25]),  # 64 at once would leave seven of the workers without any
+        (5000, 6, 8, [5, 6]),
+        (5, 64, 8, [1]),
+        (5, 64, 0, [5]),
+        (0, 64, 2, []),
+    ],
+)
+def test_an_epochs_first_chunks_are_small_and_each_worker_gets_as_many(count, largest, workers, distinct):
+    sizes = decode.chunk_sizes(count, largest, workers)
+    assert sum(sizes) == count
+    assert sorted(set(sizes)) == distinct
+    assert count < max(1, workers) or len(sizes) % max(1, workers) == 0
+
+
 # --- crops, flips, normalisation
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 CHUNK_SAMPLES = 64
 PREFETCHED_CHUNKS = 3
 """Chunks that each worker works ahead."""
+_FIRST_SAMPLES = 8
+"""Of each worker's first chunk in an epoch, for which the training has to wait."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -205,11 +209,10 @@ class ChunkReader:
         Raises (while iterated):
             DataError: an item cannot be read, or a worker process died.
         """
-        size = self.chunk_samples
         places = np.arange(len(order)) if positions is None else positions
+        ends = start + np.cumsum(chunk_sizes(len(order) - start, self.chunk_samples, self._workers))
         requests = [
-            Request(order[at : at + size], places[at : at + size], epoch, augment)
-            for at in range(start, len(order), size)
+            Request(order[at:end], places[at:end], epoch, augment) for at, end in pairwise([start, *ends.tolist()])
         ]
         return self._read_here(requests) if self._workers == 0 else self._read_there(requests)
 
@@ -275,6 +278,23 @@ class ChunkReader:
             self._loader = None
             if iterator is not None:
                 iterator._shutdown_workers()  # type: ignore[attr-defined]  # of the multi-process iterator, which this is
+
+
+def chunk_sizes(count: int, largest: int, workers: int) -> list[int]:
+    """How to cut `count` samples: small chunks first, which double until they are near-equal ones of at most `largest`.
+
+    Of each size as many for each worker, so that all end at about the same time.
+    """
+    workers = max(1, workers)
+    sizes: list[int] = []
+    size, left = _FIRST_SAMPLES, count
+    while size < largest and left > 2 * size * workers:
+        sizes += [size] * workers
+        left -= size * workers
+        size *= 2
+    chunks = workers * math.ceil(left / (workers * largest))
+    size, longer = divmod(left, max(1, chunks))
+    return sizes + [size + 1] * longer + ([size] * (chunks - longer) if size else [])
 
 
 def _chunk_samples(item_bytes: int, workers: int) -> int:
