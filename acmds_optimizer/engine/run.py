@@ -11,7 +11,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,18 @@ def run_training(
     began = time.monotonic()
     torch.manual_seed(config.seed)
     device = usable_device(config.device)
-    with ranks.first_goes_ahead():
-        bundle = build_data(config)
-        awake = _wake(device)
-        model = make_model(config, bundle)
-    memory = _open_memory(config)
-    if not ranks.first:
-        torch.manual_seed(config.seed + ranks.rank)  # dropout is to differ
-    if memory.device.type == "cuda":
-        torch.cuda.manual_seed(config.seed + ranks.rank)
-    optimizer = build_optimizer(model, config)
-    state = _with_settings(checkpoint.load(resume), config, optimizer) if resume is not None else None
-    awake()
+    with contextlib.ExitStack() as starting:
+        with ranks.first_goes_ahead():
+            bundle = build_data(config)
+            starting.enter_context(_waking(device))
+            model = make_model(config, bundle)
+        memory = _open_memory(config)
+        if not ranks.first:
+            torch.manual_seed(config.seed + ranks.rank)  # dropout is to differ
+        if memory.device.type == "cuda":
+            torch.cuda.manual_seed(config.seed + ranks.rank)
+        optimizer = build_optimizer(model, config)
+        state = _with_settings(checkpoint.load(resume), config, optimizer) if resume is not None else None
     trainer = ACMDSTrainer(
         model, bundle.train, optimizer, config,
         memory=memory, val_dataset=bundle.val, bundle=bundle, ranks=ranks,
@@ -316,8 +316,9 @@ def _with_these_settings(
     return state
 
 
-def _wake(device: torch.device) -> Callable[[], None]:
-    """Begin to start CUDA and load cuDNN, half a second in which the host builds the model. The result waits for it."""
+@contextlib.contextmanager
+def _waking(device: torch.device) -> Iterator[None]:
+    """Start CUDA and load cuDNN meanwhile: half a second, in which the host has the model to build."""
 
     def wake() -> None:
         with contextlib.suppress(RuntimeError):  # whoever needs the card will say better what is wrong with it
@@ -325,11 +326,15 @@ def _wake(device: torch.device) -> Callable[[], None]:
             torch.nn.functional.conv2d(images, images)
 
     if device.type != "cuda":
-        return lambda: None
+        yield
+        return
     prefer_expandable_segments()
     thread = threading.Thread(target=wake, name="acmds-wake", daemon=True)
     thread.start()
-    return thread.join
+    try:
+        yield
+    finally:
+        thread.join()  # also after an error: a process must not end while its CUDA begins
 
 
 def _open_memory(config: TrainConfig) -> MemoryDevice:
