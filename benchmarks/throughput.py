@@ -82,7 +82,8 @@ class Cell:
         spec = InputSpec(
             (3, size, size), (0.5,) * 3, (0.25,) * 3, True, "pad" if size <= 64 else "none", False, self.classes, 0
         )
-        pool = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator, device=device)
+        pool = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, generator=generator, device=device)
+        pool = pool.permute(0, 3, 1, 2)  # NHWC, as a trainer stores images that it moves there
         targets = np.random.default_rng(0).integers(0, self.classes, images)
         self.source = ResidentSource(pool, targets, spec, device, True, device.type == "cuda")
 

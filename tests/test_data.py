@@ -472,10 +472,12 @@ def test_images_that_are_stored_as_nhwc_give_the_same_inputs(crop):
     assert torch.equal(*inputs)
 
 
-def test_images_that_are_on_the_device_already_are_not_copied_there():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_that_are_on_the_device_already_are_not_copied_there(layout):
     data = small_images(8)
-    source = ResidentSource(data.images, data.targets, spec_for(), CPU, augment=True, channels_last=True)
-    assert source.images.data_ptr() == data.images.data_ptr()
+    images = data.images.contiguous(memory_format=layout)
+    source = ResidentSource(images, data.targets, spec_for(), CPU, augment=True, channels_last=True)
+    assert source.images.data_ptr() == images.data_ptr()
 
 
 def test_shifts_are_uniform_and_half_of_the_images_are_flipped():

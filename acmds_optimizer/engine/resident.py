@@ -62,8 +62,11 @@ def _moved(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
 
     What is there already keeps its layout, since a copy would lie beside it.
     """
-    if not channels_last or images.device.type == device.type:
+    if not channels_last:
         return images.contiguous().to(device)
+    if images.device.type == device.type:
+        kept = images if images.is_contiguous(memory_format=torch.channels_last) else images.contiguous()
+        return kept.to(device)
     moved = torch.empty(images.shape, dtype=images.dtype, device=device, memory_format=torch.channels_last)
     pieces = max(1, images.nbytes // _CHUNK_BYTES)
     for target, piece in zip(moved.tensor_split(pieces), images.tensor_split(pieces), strict=True):
