@@ -192,13 +192,28 @@ def test_a_replay_in_a_pool_of_larger_graphs_counts_what_a_pool_of_its_own_would
     assert controller._pool_ratio == pytest.approx(1.4)
 
 
+@pytest.mark.parametrize(("graphs", "scaled", "captured"), [(0, False, 0), (0, True, 1), (1, False, 1)])
+def test_the_optimizer_is_captured_beside_a_graph_or_with_a_scaler(graphs, scaled, captured):
+    _, step = step_of(True)
+    assert step.graphs is not None
+    step.graphs._optimizer_eager = False
+    step.graphs._used = (True,)
+    step.graphs._graphs = {8: cast(Any, None)} if graphs else {}
+    step.guard.scaler = cast(Any, object()) if scaled else None
+    step.graphs._fix_gradients = lambda: None  # type: ignore[method-assign]
+    asked: list[Any] = []
+    step.graphs._capture_optimizer = asked.append  # type: ignore[method-assign, assignment]
+    assert not any(step.graphs.optimizer_step() for _ in range(6))
+    assert len(asked) == captured
+
+
 def test_an_odd_last_batch_is_not_captured_however_many_epochs_there_are():
     _, step = step_of(True)
     graphs = step.graphs
     assert graphs is not None
-    del graphs._is_due  # type: ignore[method-assign]
+    del graphs._is_due
     captured: list[int] = []
-    graphs._capture = lambda part, total: captured.append(len(part))  # type: ignore[method-assign, assignment, func-returns-value]
+    graphs._capture = lambda part, total: captured.append(len(part))  # type: ignore[method-assign]
     step.guard.controller.observe(8)
     decision = step.guard.controller.decide()
     for _ in range(8):

@@ -174,9 +174,13 @@ class GraphedMicroBatches:
         """Step the optimizer and zero the gradients by a graph; False where it is to be stepped eagerly."""
         if self._optimizer_eager or self.off_reason or self._used is None:
             return False
-        optimizer = self._step.guard.optimizer
+        optimizer, scaler = self._step.guard.optimizer, self._step.guard.scaler
         self._optimizer_uses += 1
-        if self._optimizer_uses <= _EAGER_FIRST or not self._graphs:  # alone it would cost gradients that stay
+        if self._optimizer_uses <= _EAGER_FIRST:
+            return False
+        # beside an eager model it costs more, in gradients that stay and are added to, than the launches that it saves;
+        # but with a scaler it saves the guard a copy of all that a step changes
+        if not self._graphs and scaler is None:
             return False
         self._fix_gradients()
         settings = _settings(optimizer)
