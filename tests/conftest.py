@@ -31,3 +31,4 @@ def _log_of_this_test_only() -> Iterator[None]:
     for handler in logging.root.handlers[:]:
         if type(handler) in (logging.StreamHandler, logging.FileHandler):
             logging.root.removeHandler(handler)
+            handler.close()

@@ -44,6 +44,12 @@ class Batch:
         )
 
 
+def near_equal(total: int, count: int) -> list[int]:
+    """`count` sizes that add up to `total` and differ by one at most, the larger ones first."""
+    size, longer = divmod(total, max(1, count))
+    return [size + 1] * longer + [size] * (count - longer)
+
+
 class EpochStream(ABC):
     """One epoch's samples, in order. Usable as a context manager.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from acmds_optimizer.engine.augment import POLICIES
+from acmds_optimizer.engine.batches import near_equal
 from acmds_optimizer.engine.images import InputSpec, prepare, sample_rng
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.folders import UNREADABLE, ImageFiles, unreadable
@@ -293,8 +294,7 @@ def chunk_sizes(count: int, largest: int, workers: int) -> list[int]:
         left -= size * workers
         size *= 2
     chunks = workers * math.ceil(left / (workers * largest))
-    size, longer = divmod(left, max(1, chunks))
-    return sizes + [size + 1] * longer + ([size] * (chunks - longer) if size else [])
+    return sizes + near_equal(left, min(chunks, left))
 
 
 def _chunk_samples(item_bytes: int, workers: int) -> int:

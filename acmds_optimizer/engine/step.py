@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.batches import Batch, near_equal
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.engine.prepare import running_statistics
@@ -24,9 +24,7 @@ _MOST_SIZES = 64
 
 def parts(total: int, largest: int) -> list[int]:
     """Near-equal sizes of at most `largest` that add up to `total`: few distinct shapes, no tiny remainder."""
-    count = math.ceil(total / largest)
-    size, longer = divmod(total, count)
-    return [size + 1] * longer + [size] * (count - longer)
+    return near_equal(total, math.ceil(total / largest))
 
 
 class TrainStep:

@@ -241,11 +241,7 @@ class Recorder:
         self.headroom_min_bytes = (
             headroom if self.headroom_min_bytes is None else min(headroom, self.headroom_min_bytes)
         )
-        self._all_samples += row["effective_batch"]
-        self._all_seconds += row["seconds"]
-        if figures["steps"] > _WARM_UP_STEPS:
-            self._timed_samples += row["effective_batch"]
-            self._timed_seconds += row["seconds"]
+        self._count(row["effective_batch"], row["seconds"])
         self._pending.append(row)
         self._pending_losses.append(losses.detach())
         if len(self._pending) >= _FLUSH_ROWS:
@@ -253,8 +249,13 @@ class Recorder:
 
     def waited(self, seconds: float) -> None:
         """Count the end of an epoch, in which the device catches up with the host, into the samples a second."""
+        self._count(0, seconds)
+
+    def _count(self, samples: int, seconds: float) -> None:
+        self._all_samples += samples
         self._all_seconds += seconds
         if self.figures["steps"] > _WARM_UP_STEPS:
+            self._timed_samples += samples
             self._timed_seconds += seconds
 
     def out_of_memory(self, event: OutOfMemoryEvent, where: dict[str, Any], *, recovered: bool) -> None:

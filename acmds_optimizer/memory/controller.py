@@ -155,12 +155,11 @@ class MemoryPressureController:
         if excess_bytes is not None:
             peak = max(reading.peak_allocated_bytes, reading.allocated_bytes + excess_bytes)
             reading = dataclasses.replace(reading, peak_allocated_bytes=peak)
-            needed = base + (peak - base) * self._pool_ratio
             if pool_bytes is None:
                 needed = float(max(peak, reading.peak_reserved_bytes))
-                if peak > base:
-                    share = 0.3 if self._pool_ratio > 1.0 else 1.0
-                    self._pool_ratio += share * (_ratio(reading.peak_reserved_bytes, peak, base) - self._pool_ratio)
+                self._learn_pool_ratio(peak, reading.peak_reserved_bytes, base)
+            else:
+                needed = base + (peak - base) * self._pool_ratio
         else:
             peak, reserved = reading.peak_allocated_bytes, reading.peak_reserved_bytes - (pool_bytes or 0)
             self._learn_reserved_ratio(peak, reserved, base)
@@ -228,6 +227,11 @@ class MemoryPressureController:
         if allocated >= 0.98 * self._highest_allocated and allocated > base:
             self._highest_allocated = max(self._highest_allocated, allocated)
             self._reserved_ratio += 0.3 * (_ratio(reserved, allocated, base) - self._reserved_ratio)
+
+    def _learn_pool_ratio(self, allocated: int, reserved: int, base: int) -> None:
+        if allocated > base:
+            share = 0.3 if self._pool_ratio > 1.0 else 1.0
+            self._pool_ratio += share * (_ratio(reserved, allocated, base) - self._pool_ratio)
 
     def emergency_gc(self) -> bool:
         """Collect garbage and release cached blocks if less than `gc_threshold_gb` (at most the headroom) is free.
