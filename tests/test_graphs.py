@@ -249,3 +249,45 @@ def test_a_size_that_needs_more_as_a_graph_than_eagerly_is_not_captured_again_an
             controller.observe(size, pool_bytes=0)
     assert captures <= 3
     assert size == (512 if budget_mb > 1090 + 1.4 * 4 * 512 else 256)
+
+
+class Convolution(nn.Module):
+    """What it does with its inputs before the convolution is up to `kind`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.norm, self.conv, self.out = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.kind == "normalises":
+            inputs = self.norm(inputs)
+        elif self.kind == "twice":
+            inputs = torch.cat([inputs, inputs], dim=2)
+        elif self.kind == "beside":
+            inputs.mean()
+        assert inputs.shape[1] == 3
+        with torch.autocast("cpu", enabled=self.kind != "full precision"):
+            features = self.conv(inputs)
+        return self.out(features.float().mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalises", "twice", "beside", "full precision"])
+def test_inputs_come_rounded_only_where_the_model_would_round_them_first(kind):
+    results = []
+    for rounded in (False, True):
+        torch.manual_seed(0)
+        model = Convolution(kind)
+        controller = MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=1, target_headroom_gb=0.1))
+        guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), controller)
+        step = TrainStep(model, guard, TrainingLoss(), amp_dtype=torch.bfloat16)
+        batch = dataclasses.replace(batch_of(8, 0), inputs=torch.randn(8, 3, 6, 6))
+        losses = []
+        for _ in range(3):
+            losses.append(step.accumulate(batch, 4, 8))
+            if rounded:
+                batch = dataclasses.replace(batch, inputs=batch.inputs.to(step.input_dtype))
+        results.append((torch.cat(losses), model.conv.weight.grad))
+    assert (step.input_dtype == torch.bfloat16) == (kind == "plain")
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

@@ -601,3 +601,32 @@ def test_a_free_batch_changes_the_learning_rate_by_the_stated_rule(rule, power):
     trainer.schedule.set(0.0, trainer.controller.batch_size)
     assert trainer.controller.batch_size < 64
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+class Searching(nn.Module):
+    """Takes room once for each number of samples, as cuDNN does where it searches for kernels."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.seen: set[int] = set()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) not in self.seen:
+            self.seen.add(len(inputs))
+            torch.empty(len(inputs), 5 * self.features, dtype=torch.float64)
+        return inputs
+
+
+def test_what_the_first_use_of_a_size_takes_beyond_is_not_held_against_it():
+    sizes = []
+    for search in (nn.Identity(), Searching(200)):
+        torch.manual_seed(2)
+        model = nn.Sequential(search, Double(), nn.Linear(200, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        config = CurriculumConfig(target_headroom_gb=0.003, max_batch_size=512, enable_amp=False, knee_gain_fraction=0)
+        trainer = ACMDSTrainer(model, data(1024, 200), optimizer, config, "cpu", memory=BudgetedCpuMemory(7_000_000))
+        with trainer:
+            trainer.train_epoch()
+        sizes.append(trainer.recorder.figures["batches"] / trainer.recorder.figures["steps"])
+    assert sizes == [512, 512]

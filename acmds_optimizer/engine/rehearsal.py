@@ -48,7 +48,10 @@ def rehearse(
         # the smallest is timed too, which costs little; the first real steps will tell the time of the others
         repeats = 1 if last else 1 + controller.state.times.needed
         last = size
-        for repeat in range(repeats):
+        for repeat in range(repeats + 1):
+            # the first use of a size may search for kernels, which takes memory: one that seems too large goes again
+            if repeat == repeats and controller.keeps_headroom(size, sample_work):
+                break
             began = time.perf_counter()
             clock.start()
             event = guard.rehearse(

@@ -109,4 +109,4 @@ class ResidentStream(EpochStream):
             images = pick(source.images, indices)
         else:
             images = self._shifts.cut(source.images, indices, start, stop)
-        return source.normalise(images), source.device_targets.index_select(0, indices)
+        return source.normalise(images, source.input_dtype), source.device_targets.index_select(0, indices)

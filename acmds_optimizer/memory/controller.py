@@ -119,6 +119,10 @@ class MemoryPressureController:
         )
         return decision
 
+    def keeps_headroom(self, batch: int, sample_work: float = 1.0) -> bool:
+        """Whether a micro-batch of `batch` samples is expected to, by the steps seen so far."""
+        return batch * sample_work <= law.work_that_fits(self.state, self.limits, self._reading.budget_bytes)
+
     def begin_step(self) -> None:
         """Start the peak of a step. `observe` does it for the next one."""
         self.memory.reset_peak()

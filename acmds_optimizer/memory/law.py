@@ -269,7 +269,7 @@ def fail(state: State, failure: Failure, limits: Limits) -> tuple[State, Decisio
     if failure.shortage_bytes > 0 and failure.attempt == 1:
         usable = max(0.0, failure.budget_bytes - state.peaks.base)
         share = max(0.25, min(0.9, usable / (usable + failure.shortage_bytes)))
-    capacity = _capacity(state, limits, failure.budget_bytes) if state.peaks.known else math.inf
+    capacity = work_that_fits(state, limits, failure.budget_bytes) if state.peaks.known else math.inf
     allowed = min(failure.batch * share, capacity / sample_work)
     smaller = [size for size in limits.buckets if size < failure.batch]
     batch = max((size for size in smaller if size <= allowed), default=smaller[0] if smaller else 1)
@@ -320,7 +320,7 @@ def decide(
         state = replace(state, times=TimeModel(), knee_batch=0, timed_work=sample_work)  # they are of other samples
 
     usual = [size for size in limits.buckets if size >= limits.min_batch] or [limits.buckets[-1]]
-    capacity = _capacity(state, limits, budget_bytes)
+    capacity = work_that_fits(state, limits, budget_bytes)
     barred = step < state.ceiling_step and budget_bytes - state.peaks.base <= 1.05 * state.ceiling_room
     ceiling = 0.999 * state.ceiling_work if barred else math.inf
     bearable = min(capacity, ceiling) * _SAME
@@ -395,7 +395,7 @@ def _growth(
     return within[-1], "grow"
 
 
-def _capacity(state: State, limits: Limits, budget_bytes: float) -> float:
+def work_that_fits(state: State, limits: Limits, budget_bytes: float) -> float:
     """The most work that keeps the headroom, by the model and the trim."""
     return state.peaks.work_within(_target(budget_bytes, limits) * (1.0 + state.trim))
 
