@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 DONE = ("ok", "infeasible")
@@ -160,13 +161,14 @@ LONGEST_GAP_S = 60.0
 """A longer time without any trial is one in which the search did not run."""
 
 
-def busy_share(study: StudyRecord, figure: str = "gpu_busy_fraction", places: int = 1) -> float | None:
+def busy_share(study: StudyRecord, figure: str = "gpu_busy_fraction") -> float | None:
     """Share of the search's wall time in which its GPUs ran kernels; None where that was not measured.
+
+    Where trials ran side by side, it is that of as many places as there were trials at once.
 
     Args:
         study: whose trials are counted, all stages.
         figure: `gpu_busy_fraction`, a share of a trial's time, or `training_seconds`, which the CPU has as well.
-        places: trials at once.
     """
     spans = sorted(
         (trial.began, trial.began + trial.seconds, trial.figures.get(figure), trial.seconds)
@@ -182,6 +184,8 @@ def busy_share(study: StudyRecord, figure: str = "gpu_busy_fraction", places: in
             end = began
         wall += max(0.0, ended - end)
         end = max(end, ended)
+    changes = sorted([(began, 1) for began, *_ in spans] + [(ended, -1) for _, ended, *_ in spans])
+    places = max(accumulate(change for _, change in changes))
     return min(1.0, busy / wall / places)
 
 

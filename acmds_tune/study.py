@@ -11,6 +11,7 @@ import os
 import random
 import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ from acmds_tune.samplers import (
     suggest,
 )
 from acmds_tune.space import Space, derived_seed, ordered, space_differences
-from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, default_values, left, next_step, searched
+from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step, searched
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class SearchStudy:
         self._requirements: list[Requirement] = [parse_requirement(text) for text in space.requires]
         self._default = self._allowed(default_values(space), derived_seed(space.seed, -(2**32)))
         self._plant: Plant | None = None
+        self._screening: Future[list[dict[str, Any]]] | None = None
+        """The settings that are best on the plant, until they are enqueued."""
         self._percent: dict[int, int] = {}
         self._constraints = space.parsed_constraints
         self._order = ordered(space.search) or []
@@ -226,6 +229,9 @@ class SearchStudy:
         self._end_interrupted()
         for row in self.record().of_stages(("plant",)):
             self._plant = self._plant or read_plant(self.trial_directory(row.number) / PLANT_FILE)
+        known = (trial.user_attrs.get("label") for trial in study.get_trials(deepcopy=False))
+        if self._plant is not None and FROM_PLANT not in known:
+            self._prescreen(self._plant)
         return self
 
     def _end_interrupted(self) -> None:
@@ -246,6 +252,12 @@ class SearchStudy:
 
     def next_step(self) -> Step:
         """What `propose` would start."""
+        if self._screening is not None and self.record().of_stages(SAMPLED):  # the defaults need not wait for it
+            if self._running and not self._screening.done():
+                return Wait()
+            for values in self._screening.result():
+                self._study.enqueue_trial(values, user_attrs={"label": FROM_PLANT})
+            self._screening = None
         seen = (len(self._study.get_trials(deepcopy=False)), len(self._running), self.enough)
         if self._step is None or self._step[1] != seen:
             self._step = next_step(self.space, self.record(), self._default, self.enough), seen
@@ -414,7 +426,11 @@ class SearchStudy:
         trial.set_user_attr("values", self._values(figures))
         if trial.user_attrs.get("stage") == "plant":  # its figures are those of no configuration
             self._sampled.tell(trial, state=TrialState.PRUNED)
-            self._prescreen(number)
+            self._plant = read_plant(self.trial_directory(number) / PLANT_FILE)
+            if self._plant is None:
+                logger.warning("there is no plant, so nothing is tried on it first: see trials/%04d", number)
+            else:
+                self._prescreen(self._plant)
             return status
         if self.space.sampler in WITHOUT_CONSTRAINTS:
             figures = figures if all(value <= 0 for value in violations) else {}
@@ -440,14 +456,11 @@ class SearchStudy:
         if foreseen is not None:
             trial.set_user_attr("predicted_samples_per_second", foreseen.samples_per_second)
 
-    def _prescreen(self, number: int) -> None:
-        """Enqueue the settings that are best on the plant that trial `number` measured."""
-        self._plant = read_plant(self.trial_directory(number) / PLANT_FILE)
-        if self._plant is None:
-            logger.warning("there is no plant, so nothing is tried on it first: see trials/%04d", number)
-            return
-        for values in best_on_plant(self._plant, self.space, self._default, self._requirements):
-            self._study.enqueue_trial(values, user_attrs={"label": FROM_PLANT})
+    def _prescreen(self, plant: Plant) -> None:
+        """Look for the settings that are best on the plant, while the trial of the defaults runs."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="acmds-prescreen")
+        self._screening = thread.submit(best_on_plant, plant, self.space, self._default, self._requirements)
+        thread.shutdown(wait=False)
 
     def _end_violation(self, number: int, status: str) -> float:
         if status in ("ok", "infeasible"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from acmds_tune.plant import (
     simulate,
     sizes_to_measure,
 )
+from acmds_tune.prescreen import best_on_plant
 from acmds_tune.records import (
     Objective,
     StudyRecord,
@@ -281,8 +283,8 @@ def test_the_busy_share_counts_the_gaps_between_trials_but_not_the_time_without_
     study = study_of(ran(0, 100.0, 10.0, 0.9), ran(1, 112.0, 8.0, 1.0), ran(2, 5000.0, 10.0, 1.0))
     assert busy_share(study) == pytest.approx((9 + 8 + 10) / (20 + 10))
     assert busy_share(study, "training_seconds") == pytest.approx(15 / 30)
-    at_once = study_of(ran(0, 0.0, 10.0, 0.9), ran(1, 0.0, 10.0, 0.9))
-    assert busy_share(at_once, places=2) == pytest.approx(0.9)
+    at_once = study_of(ran(0, 0.0, 10.0, 0.9), ran(1, 0.0, 10.0, 0.9), ran(2, 10.0, 10.0, 0.9))
+    assert busy_share(at_once) == pytest.approx(27 / 40)
     assert busy_share(study_of(trial(0, 1.0))) is None
 
 
@@ -477,6 +479,31 @@ def test_what_the_plant_put_first_is_passed_over_once_its_first_choice_is_no_bet
     assert ("passed over" in words, "predicted badly" in words) == (not right, not right)
 
 
+def test_the_defaults_are_tried_while_the_plants_best_are_looked_for_also_after_a_kill(
+    tmp_path: Path, space: Callable[[str], Space], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = threading.Event()
+
+    def look(*given: Any) -> list[dict[str, Any]]:
+        found.wait(60)
+        return best_on_plant(*given)
+
+    monkeypatch.setattr("acmds_tune.study.best_on_plant", look)
+    text = TEXT + "prescreen: {keep: 1, settings: 10}\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    plant = study.propose()
+    (tmp_path / "s" / "trials" / f"{plant.number:04d}").mkdir(parents=True)
+    (tmp_path / "s" / "trials" / f"{plant.number:04d}" / PLANT_FILE).write_text(json.dumps(asdict(PLANT)))
+    study.finish(plant.number, speed_of_lr(plant))
+    default = study.propose()
+    assert (default.label, study.next_step()) == ("default", Wait())
+    study.close()  # the search is killed
+    found.set()
+    study = SearchStudy.resume(tmp_path / "s", space(text))
+    assert [study.propose().label for _ in range(2)] == ["default", "plant"]
+    study.close()
+
+
 def test_without_a_plant_the_search_goes_on(run: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     _, started = run(TEXT + "prescreen: {keep: 2}\n", speed_of_lr)
     assert [each.stage for each in started] == ["plant"] + ["search"] * 4
@@ -513,7 +540,8 @@ def test_halving_counts_the_attempts_that_failed(tmp_path: Path) -> None:
     reports: list[int] = []
     found = halving(settings, tmp_path, lambda progress: reports.append(progress["oom_events"]), lambda: False)
     assert (found["oom_events"], found["batch_size_mean"]) == (1, 128.0)
-    assert found["samples_per_second"] < found["samples"] / found["training_seconds"]
+    alone = json.loads((tmp_path / "batch_128" / "outcome.json").read_text(encoding="utf-8"))
+    assert found["samples_per_second"] < alone["samples_per_second"]
     assert (tmp_path / "steps.csv").read_text(encoding="utf-8").count("\n") == 7
 
 
