@@ -32,7 +32,7 @@ SIZES = 4
 MOST_PARTS = 4
 """Micro-batches of a measured step at most."""
 
-WARM_STEPS, TIMED_STEPS = 3, 8
+WARM_STEPS, TIMED_STEPS = 3, 16
 SIMULATED_STEPS = 150
 CONTROLLED = (
     "target_headroom_gb", "memory_limit_gb", "min_batch_size", "max_batch_size", "effective_batch_size", "batch_policy",
@@ -246,7 +246,16 @@ def measure(settings: Mapping[str, Any], directory: Path, report: Report, should
 
     A micro-batch that does not fit is left out. The figures are those of the largest one that did.
     """
+    import torch
+
     config = build(TrainConfig, dict(settings), "settings of the trial")
+
+    def step_is_over() -> bool:
+        # asked before each step: the host must not run ahead of the GPU, or its steps take no time
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return should_stop()
+
     low, high = config.min_batch_size, config.max_batch_size
     runs: dict[int, list[dict[str, float]]] = {}
     figures: dict[str, Any] = {}
@@ -256,7 +265,7 @@ def measure(settings: Mapping[str, Any], directory: Path, report: Report, should
             "effective_batch_size": size * count, "batch_policy": "hold",
         }  # fmt: skip
         folder = directory / f"batch_{size}x{count}"
-        found = until_error(held, folder, report, should_stop)
+        found = until_error(held, folder, report, step_is_over)
         if found is None:
             break
         figures = found

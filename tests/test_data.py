@@ -21,6 +21,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms.v2 import functional
 
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
+from acmds_optimizer.curriculum.resolution import averaged
 from acmds_optimizer.engine import data as data_module
 from acmds_optimizer.engine import decode
 from acmds_optimizer.engine.data import Batch, DataSource, ResidentSource, WorkerSource
@@ -33,6 +34,7 @@ from acmds_optimizer.engine.images import (
     random_box,
     sample_rng,
 )
+from acmds_optimizer.engine.resident import ResidentStream
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo import datasets
 from acmds_optimizer.zoo.datasets import DataBundle
@@ -455,7 +457,7 @@ def test_the_cut_equals_pad_crop_flip_one_image_at_a_time(layout):
     cut = shifts.cut(images, chosen[5:30], 5, 30)
     for row, position in enumerate(range(5, 30)):
         padded = functional.pad(images[chosen[position]], [2, 2])
-        expected = functional.crop(padded, int(shifts.rows[position]), int(shifts.columns[position]), 16, 16)
+        expected = functional.crop(padded, 2 + int(shifts.rows[position]), 2 + int(shifts.columns[position]), 16, 16)
         assert torch.equal(cut[row], expected.flip(-1) if shifts.flips[position] else expected)
     assert cut.is_contiguous(memory_format=layout)
 
@@ -466,10 +468,39 @@ def test_images_that_are_stored_as_nhwc_give_the_same_inputs(crop):
     inputs = []
     for layout in LAYOUTS:
         source = ResidentSource(data.images, data.targets, spec_for(crop=crop), CPU, augment=True)
-        source.images = source.images.contiguous(memory_format=layout)
+        source.sized = source.images.contiguous(memory_format=layout)
         with source.stream(np.arange(60)[::-1].copy(), epoch=2, augment=True) as stream:
             inputs.append(stream.take(50).inputs)
     assert torch.equal(*inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_smaller_images_are_made_once_and_shifted_by_as_much_of_their_side(layout):
+    data = small_images(40, size=16)
+    source = ResidentSource(data.images, data.targets, spec_for(cutout_fraction=0.25), CPU, augment=True)
+    source.images = source.images.contiguous(memory_format=layout)
+    small = averaged(data.images.float(), (8, 8)).round().to(torch.uint8)
+    order = np.arange(40)[::-1].copy()
+    with source.stream(order, epoch=1, augment=True) as stream:
+        assert isinstance(stream, ResidentStream)
+        stream._ahead = 30  # as on CUDA
+        assert stream.take(4).inputs.shape[2:] == (16, 16)
+        source.resize((8, 8), small.nbytes - 1)
+        assert source.sized is source.images, "a copy may not take so much"
+        source.resize((8, 8), small.nbytes)
+        inputs = stream.take(20).inputs
+        shifts, cutouts = stream._shifts, stream.cutouts
+    assert shifts is not None
+    assert cutouts is not None
+    for row, position in enumerate(range(4, 24)):
+        down, right = (round(int(drawn[position]) / 2) for drawn in (shifts.rows, shifts.columns))
+        cut = functional.crop(functional.pad(small[order[position]], [1, 1]), 1 + down, 1 + right, 8, 8)
+        expected = Normaliser(spec_for(), CPU)((cut.flip(-1) if shifts.flips[position] else cut)[None])
+        top, left = (round(int(drawn[position]) / 2) - 1 for drawn in (cutouts.rows, cutouts.columns))
+        expected[:, :, max(0, top) : top + 2, max(0, left) : left + 2] = 0.0
+        assert torch.equal(inputs[row], expected[0])
+    source.resize((16, 16), 0.0)
+    assert source.sized is source.images
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -483,7 +514,7 @@ def test_images_that_are_on_the_device_already_are_not_copied_there(layout):
 def test_shifts_are_uniform_and_half_of_the_images_are_flipped():
     shifts = Shifts.draw(50_000, epoch=1, spec=spec_for(shape=(3, 32, 16)), device=CPU)
     for drawn, choices in ((shifts.rows, 9), (shifts.columns, 5)):
-        share = np.bincount(drawn.numpy(), minlength=choices) / 50_000
+        share = np.bincount(drawn.numpy() + choices // 2, minlength=choices) / 50_000
         assert len(share) == choices
         assert np.abs(share - 1 / choices).max() < 5 * np.sqrt(1 / choices / 50_000)
     assert abs(shifts.flips.float().mean() - 0.5) < 0.012

@@ -185,7 +185,7 @@ def test_mixing_needs_images_and_cross_entropy():
 
 
 def test_cutout_greys_out_one_square_at_the_drawn_place():
-    cut = Cutouts(torch.tensor([0, 4, 1], dtype=torch.int16), torch.tensor([0, 2, 4], dtype=torch.int16), side=2)
+    cut = Cutouts(torch.tensor([0, 4, 1], dtype=torch.int16), torch.tensor([0, 2, 4], dtype=torch.int16), 2, (5, 5))
     inputs = torch.ones(2, 3, 5, 5)
     cut.apply(inputs, start=1)
     expected = torch.ones(2, 3, 5, 5)

@@ -630,3 +630,16 @@ def test_what_the_first_use_of_a_size_takes_beyond_is_not_held_against_it():
             trainer.train_epoch()
         sizes.append(trainer.recorder.figures["batches"] / trainer.recorder.figures["steps"])
     assert sizes == [512, 512]
+
+
+def test_what_comes_to_lie_between_steps_is_in_the_next_prediction_once_it_was_read():
+    trainer = make()
+    with trainer:
+        trainer.train_epoch()
+        controller, work = trainer.controller, float(trainer.controller.batch_size)
+        controller.read_base()
+        before = controller.state.peaks.predict(work)
+        ballast = torch.zeros(1_000_000)
+        controller.memory.track([ballast])
+        controller.read_base()
+        assert controller.state.peaks.predict(work) == before + ballast.nbytes

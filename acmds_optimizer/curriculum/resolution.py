@@ -81,9 +81,13 @@ class Stages:
 
     def resize(self, inputs: Tensor, number: int) -> Tensor:
         """Inputs (n, C, H, W), float, at the size of that stage, averaged over the pixels that fall together."""
-        if number == len(self.sizes) - 1:
-            return inputs
-        return interpolate(inputs, size=self.sizes[number], mode="bilinear", antialias=True)
+        size = self.sizes[number]
+        return inputs if inputs.shape[2:] == size else averaged(inputs, size)
+
+
+def averaged(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (n, C, H, W), float, at a smaller size, averaged over the pixels that fall together."""
+    return interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 def _side(scale: float, full: int) -> int:

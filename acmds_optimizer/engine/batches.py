@@ -184,6 +184,9 @@ class DataSource(ABC):
             own, own_weights = order[positions], None if weights is None else weights[positions]
         return self._open(EpochPart(own, own_weights, start, epoch, augment, positions, len(order)))
 
+    def resize(self, size: tuple[int, int], most_bytes: float) -> None:  # noqa: B027  # only where it is cheaper
+        """Give images of this size (height, width) from now on, if a copy of all takes `most_bytes` at most."""
+
     @abstractmethod
     def _open(self, part: EpochPart) -> EpochStream:
         """The samples of a part of an epoch, or of all of it."""

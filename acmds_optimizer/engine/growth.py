@@ -27,6 +27,17 @@ class GrowingImages:
         """Of the stage; -1 before the first step."""
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Of the images, (height, width)."""
+        return self._stages.sizes[self.number]
+
+    @property
+    def most_bytes(self) -> float:
+        """What a copy of all images at that size may take of the card: a fifth of it, and half of what is free."""
+        reading, headroom = self._step.guard.controller.reading, self._step.guard.controller.limits.headroom_bytes
+        return min(0.2 * (reading.budget_bytes - headroom), 0.5 * (reading.free_bytes - headroom))
+
+    @property
     def work(self) -> float:
         """The pixels of a sample relative to full size."""
         return self._stages.work(self.number)
@@ -46,7 +57,7 @@ class GrowingImages:
             graphs.forget()
             controller.memory.release_cache()
         controller.forget_times()
-        height, width = self._stages.sizes[number]
+        height, width = self.size
         return f"images have {height}x{width} px from now on"
 
     def sized(self, batch: Batch) -> Batch:

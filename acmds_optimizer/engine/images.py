@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from acmds_optimizer.engine.augment import Cutouts
+from acmds_optimizer.engine.augment import Cutouts, scaled
 from acmds_optimizer.errors import DataError
 
 VALIDATION_RATIO = 224 / 256
@@ -88,13 +88,14 @@ class Normaliser:
 class Shifts:
     """The random shifts and flips of `pad` crops for a whole epoch, by position in its order.
 
-    rows, columns: (m,) int16 on the device, in [0, 2 * padding]; flips: (m,) bool.
+    rows, columns: (m,) int16 on the device, how many pixels down and to the right; flips: (m,) bool; size: (height,
+    width) of the images that they are meant for.
     """
 
     rows: Tensor
     columns: Tensor
     flips: Tensor
-    padding: tuple[int, int]
+    size: tuple[int, int]
 
     @classmethod
     def draw(
@@ -103,21 +104,21 @@ class Shifts:
         """Of `count` samples those at `positions` (None: all); the same for the same (count, epoch, seed)."""
         generator = torch.Generator().manual_seed(_mix(spec.seed, epoch))
         pad_rows, pad_columns = spec.padding
-        rows = torch.randint(0, 2 * pad_rows + 1, (count,), generator=generator, dtype=torch.int16)
-        columns = torch.randint(0, 2 * pad_columns + 1, (count,), generator=generator, dtype=torch.int16)
+        rows = torch.randint(0, 2 * pad_rows + 1, (count,), generator=generator, dtype=torch.int16) - pad_rows
+        columns = torch.randint(0, 2 * pad_columns + 1, (count,), generator=generator, dtype=torch.int16) - pad_columns
         flips = torch.rand(count, generator=generator) < (0.5 if spec.flip else 0.0)
         if positions is not None:
             rows, columns, flips = (drawn[torch.from_numpy(positions)] for drawn in (rows, columns, flips))
-        return cls(rows.to(device), columns.to(device), flips.to(device), spec.padding)
+        return cls(rows.to(device), columns.to(device), flips.to(device), (spec.shape[1], spec.shape[2]))
 
     def cut(self, images: Tensor, chosen: Tensor, start: int, stop: int) -> Tensor:
         """Shifted and flipped `images[chosen]`, as the samples at positions start to stop.
 
-        Equal to padding with black, RandomCrop at (row, column), then a horizontal flip. Lines are picked whole, with
+        Equal to padding with black, a cut at (row, column), then a horizontal flip. Lines are picked whole, with
         the images; only columns are gathered byte by byte, along one dimension: indices of several are written out.
 
         Args:
-            images: (n, C, H, W) uint8, contiguous as NCHW or NHWC; the result is so too.
+            images: (n, C, H, W) uint8, contiguous as NCHW or NHWC; the result is so too. Smaller ones are shifted less.
             chosen: (stop - start,) int64, which images.
             start: position of the first.
             stop: position after the last.
@@ -126,11 +127,10 @@ class Shifts:
         device = images.device
         nhwc = not images.is_contiguous()
         planes, values = (1, channels) if nhwc else (channels, 1)
-        pad_rows, pad_columns = self.padding
-        row = torch.arange(height, device=device) + (self.rows[start:stop, None] - pad_rows)
+        row = torch.arange(height, device=device) + scaled(self.rows[start:stop, None], height, self.size[0])
         column = torch.arange(width, device=device)
         column = torch.where(self.flips[start:stop, None], width - 1 - column, column)
-        column = column + (self.columns[start:stop, None] - pad_columns)
+        column = column + scaled(self.columns[start:stop, None], width, self.size[1])
         inside = ((row >= 0) & (row < height))[:, None, :, None, None]
         inside = inside & ((column >= 0) & (column < width))[:, None, None, :, None]
         plane = chosen[:, None] * planes + torch.arange(planes, device=device)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acmds_optimizer.curriculum.resolution import averaged
 from acmds_optimizer.engine.batches import DataSource, EpochPart, EpochStream
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts, pick
 
@@ -40,6 +41,21 @@ class ResidentSource(DataSource):
         self.images = _moved(images, device, channels_last and images.dim() == 4)
         self.device_targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device)
         self.normalise = Normaliser(spec, device, channels_last)
+        self.sized = self.images
+        """The same images at the size that streams give."""
+
+    def resize(self, size: tuple[int, int], most_bytes: float) -> None:
+        self.sized = self.images
+        count, channels, *full = self.images.shape
+        if self.spec.is_float or size == tuple(full) or count * channels * math.prod(size) > most_bytes:
+            return
+        layout = torch.contiguous_format if self.images.is_contiguous() else torch.channels_last
+        shape = (count, channels, *size)
+        sized = torch.empty(shape, dtype=torch.uint8, device=self.device, memory_format=layout)
+        pieces = _pieces(self.images)
+        for target, piece in zip(sized.tensor_split(pieces), self.images.tensor_split(pieces), strict=True):
+            target.copy_(averaged(piece.float(), size).round_())
+        self.sized = sized
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,10 +84,14 @@ def _moved(images: Tensor, device: torch.device, channels_last: bool) -> Tensor:
         kept = images if images.is_contiguous(memory_format=torch.channels_last) else images.contiguous()
         return kept.to(device)
     moved = torch.empty(images.shape, dtype=images.dtype, device=device, memory_format=torch.channels_last)
-    pieces = max(1, images.nbytes // _CHUNK_BYTES)
+    pieces = _pieces(images)
     for target, piece in zip(moved.tensor_split(pieces), images.tensor_split(pieces), strict=True):
         target.copy_(piece)
     return moved
+
+
+def _pieces(images: Tensor) -> int:
+    return max(1, images.nbytes // _CHUNK_BYTES)
 
 
 class ResidentStream(EpochStream):
@@ -92,12 +112,15 @@ class ResidentStream(EpochStream):
         if stop - start >= self._ahead:
             self._chunk = None
             return self._gather(start, stop)
-        if self._chunk is None or not self._chunk[0] <= start <= stop <= self._chunk[1]:
+        if self._chunk is None or not self._holds(*self._chunk[:3], start, stop):
             self._chunk = None
             end = min(start + self._ahead, len(self.order))
             self._chunk = (start, end, *self._gather(start, end))
         first, _, inputs, targets = self._chunk
         return inputs[start - first : stop - first], targets[start - first : stop - first]
+
+    def _holds(self, first: int, last: int, inputs: Tensor, start: int, stop: int) -> bool:
+        return first <= start <= stop <= last and inputs.shape[1:] == self._source.sized.shape[1:]
 
     def read_less_ahead(self) -> None:
         self._ahead, self._chunk = 0, None
@@ -106,7 +129,7 @@ class ResidentStream(EpochStream):
         source = self._source
         indices = self.order[start:stop]
         if self._shifts is None:
-            images = pick(source.images, indices)
+            images = pick(source.sized, indices)
         else:
-            images = self._shifts.cut(source.images, indices, start, stop)
+            images = self._shifts.cut(source.sized, indices, start, stop)
         return source.normalise(images, source.input_dtype), source.device_targets.index_select(0, indices)

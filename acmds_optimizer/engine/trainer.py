@@ -412,6 +412,9 @@ class ACMDSTrainer:
         if self.growth is None:
             return 1.0
         if message := self.growth.enter(self.progress):
+            with contextlib.suppress(torch.OutOfMemoryError):  # they are then made smaller batch by batch
+                self.source.resize(self.growth.size, self.growth.most_bytes)
+            self.controller.read_base()
             logger.info("step %d: %s", self.step, message)
             self._event("resolution", message)
         return self.growth.work

@@ -123,6 +123,12 @@ class MemoryPressureController:
         """Whether a micro-batch of `batch` samples is expected to, by the steps seen so far."""
         return batch * sample_work <= law.work_that_fits(self.state, self.limits, self._reading.budget_bytes)
 
+    def read_base(self) -> None:
+        """Learn what lies between steps now: something has come or gone that no step knows of."""
+        self._reading = self.memory.read()
+        peaks = dataclasses.replace(self.state.peaks, base=float(self._reading.allocated_bytes))
+        self.state = dataclasses.replace(self.state, peaks=peaks)
+
     def begin_step(self) -> None:
         """Start the peak of a step. `observe` does it for the next one."""
         self.memory.reset_peak()
