@@ -47,7 +47,7 @@ def page(
         [
             words.head(study, environment),
             words.tiles(study, best, baseline) if best else f'<p class="alert">{text(why_no_best(study))}</p>',
-            words.best_settings(study, best, study_dir.resolve().name) if best else "",
+            words.best_settings(study, best, "/".join(study_dir.resolve().parts[-2:])) if best else "",
             words.confirmation(study, best),
             comparisons(
                 replace(study, trials=[*study.candidates, *study.of_stages(("baseline",))]), marked, shares, plots

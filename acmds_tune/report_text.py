@@ -231,7 +231,7 @@ def best_settings(study: StudyRecord, best: TrialRecord, folder: str) -> str:
     return (
         "<section><h2>Best configuration</h2>"
         f"<p>Trial {best.number}: {text(rule_of_choice(study))}. To train with it:</p>"
-        f"<pre>acmds-train --config results/{text(folder)}/best.json</pre>{note if cut else ''}"
+        f"<pre>acmds-train --config {text(folder)}/best.json</pre>{note if cut else ''}"
         f'<div class="pair"><div><h3>Searched</h3>{searched}</div>'
         f"<div><h3>Set for all trials</h3>{rest}</div></div></section>"
     )

@@ -230,7 +230,7 @@ class SearchStudy:
         for row in self.record().of_stages(("plant",)):
             self._plant = self._plant or read_plant(self.trial_directory(row.number) / PLANT_FILE)
         known = (trial.user_attrs.get("label") for trial in study.get_trials(deepcopy=False))
-        if self._plant is not None and FROM_PLANT not in known:
+        if self._plant is not None and self._screening is None and FROM_PLANT not in known:
             self._prescreen(self._plant)
         return self
 

@@ -337,7 +337,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_is_under_two_megabytes(mixed:
         "steps_best",
         "steps_worst",
     }
-    assert "acmds-train --config results/demo/best.json" in page
+    assert f"acmds-train --config {mixed.folder.parent.name}/demo/best.json" in page
 
 
 def test_text_of_the_user_is_escaped_everywhere(tmp_path: Path) -> None:
