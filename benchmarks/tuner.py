@@ -49,7 +49,7 @@ confirm: {top: 2, seeds: 2}
 PAIR = """
 seed: 1
 objective: speed
-budget: {{seconds: 5}}
+budget: {{seconds: 12}}
 fixed: {{device: {device}, dataset: {dataset}, model: {model}, effective_batch_size: 256, enable_cuda_graphs: false,
   channels_last: true, amp_dtype: bf16, epochs: 1000}}
 search:
