@@ -554,6 +554,46 @@ def test_cached_blocks_that_stand_in_the_headroom_are_released_and_ever_less_oft
     assert memory.released[-1] == "garbage and cache"
 
 
+class _Card(BudgetedCpuMemory):
+    """Keeps what was allocated reserved until it is released, and the peaks of both until they are reset."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(limit_bytes)
+        self.present = MemoryReading(limit_bytes, 0, 0, 0, 0, 0, 0)
+
+    def read(self) -> MemoryReading:
+        return dataclasses.replace(self.present, budget_bytes=self.total_bytes - self.neighbour_bytes)
+
+    def reset_peak(self) -> None:
+        now = self.present
+        self.present = dataclasses.replace(
+            now, peak_allocated_bytes=now.allocated_bytes, peak_reserved_bytes=now.reserved_bytes
+        )
+
+    def release_cache(self, *, collect: bool = True) -> None:
+        self.present = dataclasses.replace(self.present, reserved_bytes=self.present.allocated_bytes)
+
+    def step(self, base: int, peak: int) -> None:
+        reserved = max(self.present.reserved_bytes, peak)
+        self.present = MemoryReading(
+            self.total_bytes, base, reserved, peak, max(self.present.peak_reserved_bytes, reserved), 0, 0
+        )
+
+
+def test_what_was_reserved_before_a_release_does_not_count_in_the_next_step():
+    memory = _Card(24 * GIB)
+    config = CurriculumConfig(max_batch_size=512, batch_policy="free", knee_gain_fraction=0.0)
+    controller = MemoryPressureController("cpu", config, memory=memory)
+    for step in range(60):
+        memory.neighbour_bytes = 8 * GIB * (step >= 30)
+        batch = controller.decide().batch
+        memory.step(GIB, round((1.4 + 0.09 * batch) * GIB))
+        controller.observe(batch)
+    assert controller.releases == 1
+    assert controller.reading.peak_reserved_bytes == controller.reading.peak_allocated_bytes
+    assert batch == 128, "of 13 GB, as a run would have that began beside the neighbour"
+
+
 class _Caching(BudgetedCpuMemory):
     """Reserves more than is allocated, as CUDA's allocator does."""
 

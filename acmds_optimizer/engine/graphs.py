@@ -219,7 +219,7 @@ class GraphedMicroBatches:
         del self._graphs[size]
         if not self._graphs:
             self.release()
-        self._step.guard.controller.memory.release_cache(collect=False)  # the pool's blocks are of no use to others
+        self._step.guard.controller.release_cache(collect=False)  # the pool's blocks are of no use to others
 
     def untold(self, size: int) -> dict[str, int]:
         """What the allocator cannot tell of a step in micro-batches of `size`: arguments of `controller.observe`."""
@@ -270,14 +270,14 @@ class GraphedMicroBatches:
     def clear_surroundings(self) -> None:
         """Give back the blocks that eager work has left beside the pool, which no replay can use. Waits for the GPU."""
         if self._graphs:
-            self._step.guard.controller.memory.release_cache(collect=False)
+            self._step.guard.controller.release_cache(collect=False)
             self._alone = True
 
     def drop_above(self, micro_batch: int) -> None:
         """Drop the graphs and give their memory back, if a larger size than this is captured."""
         if self.largest > micro_batch:
             self.release()
-            self._step.guard.controller.memory.release_cache()
+            self._step.guard.controller.release_cache()
 
     def release(self) -> None:
         """Drop all graphs and their memory; sizes that are used again are captured again."""

@@ -55,7 +55,7 @@ class GrowingImages:
         self.number = number
         if graphs is not None:
             graphs.forget()
-            controller.memory.release_cache()
+            controller.release_cache()
         controller.forget_times()
         height, width = self.size
         return f"images have {height}x{width} px from now on"

@@ -72,7 +72,7 @@ def rehearse(
         if leap:
             break
     guard.optimizer.zero_grad(set_to_none=True)
-    controller.memory.release_cache(collect=False)  # sizes that are not used again have left their blocks
+    controller.release_cache(collect=False)  # sizes that are not used again have left their blocks
 
 
 def check_size(train_step: TrainStep, batch: Batch) -> None:

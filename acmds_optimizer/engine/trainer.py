@@ -392,7 +392,7 @@ class ACMDSTrainer:
                 stream.read_less_ahead()
                 if self.train_step.graphs is not None:
                     self.train_step.graphs.drop_above(0)
-                self.controller.memory.release_cache()
+                self.controller.release_cache()
         raise OutOfMemoryForGoodError(
             f"out of memory: the {count} samples of a step do not fit on {self.device}. Try a smaller "
             f"--effective-batch-size, or free memory held by other processes. The error was: {message}"

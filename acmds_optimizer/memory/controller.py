@@ -133,6 +133,12 @@ class MemoryPressureController:
         """Start the peak of a step. `observe` does it for the next one."""
         self.memory.reset_peak()
 
+    def release_cache(self, *, collect: bool = True) -> None:
+        """Release cached blocks between two steps, and start the peak of the next one without them."""
+        self.memory.release_cache(collect=collect)
+        self.memory.reset_peak()
+        self._highest_allocated = 0
+
     def observe(
         self,
         batch: int,
@@ -176,7 +182,6 @@ class MemoryPressureController:
             ratio = self._reserved_ratio if pool_bytes is None else max(self._reserved_ratio, self._pool_ratio)
             needed = base + (peak - base) * ratio
         self._reading = reading
-        self.memory.reset_peak()
         seen = law.Observation(
             step=self.step,
             batch=batch,
@@ -190,6 +195,7 @@ class MemoryPressureController:
         # reserved never falls by itself: what a larger step or an odd size has cached stays in the headroom
         if not self._release_cache(reading, self._gc_threshold_bytes, collect=True):
             self._release_cache(reading, self.limits.headroom_bytes, collect=False)
+        self.memory.reset_peak()  # last: else what was released would count as reserved in the next step
         return reading
 
     def time(self, batch: int, seconds: float) -> None:
@@ -215,10 +221,8 @@ class MemoryPressureController:
         Returns:
             The decision with the size to repeat it with.
         """
-        self.memory.release_cache()
+        self.release_cache()
         self._reading = self.memory.read()
-        self.memory.reset_peak()
-        self._highest_allocated = 0
         failure = law.Failure(
             step=self.step,
             batch=batch,

@@ -259,7 +259,7 @@ class Guard:
         undo, message = self._try(lambda _: self._remember(), 0)
         if message is None:
             return cast(Callable[[], None], undo)
-        self.controller.memory.release_cache()  # nothing has changed yet, so all it takes is room for the copies
+        self.controller.release_cache()  # nothing has changed yet, so all it takes is room for the copies
         try:
             return self._remember()
         except Exception as error:
