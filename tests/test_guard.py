@@ -274,6 +274,36 @@ def test_a_rehearsal_leaves_no_trace_whether_it_fits_or_not():
     assert all(p.grad is None for p in rig.model.parameters())
 
 
+class Centred(nn.Module):
+    """Puts another tensor in the place of a buffer, rather than writing into it; one of them is there only later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("largest", None)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.layer(inputs) - self.centre
+        self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)
+        self.largest = outputs.detach().amax(0)
+        return outputs
+
+
+def test_buffers_that_a_model_replaces_are_put_back_too():
+    torch.manual_seed(0)
+    model = Centred()
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), controller)
+    guard.rehearse(lambda _: model(torch.ones(2, 4)).sum().backward(), 8)
+    assert model.centre.tolist() == [0.0, 0.0, 0.0]
+    assert model.largest is None
+    model(torch.ones(2, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    guard.rehearse(lambda _: model(torch.ones(2, 4)).sum().backward(), 8)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -334,7 +334,8 @@ class Guard:
     def _remember(self) -> Callable[[], None]:
         """Keep what forward and backward change; the result puts it back."""
         # the dicts that hold them, since walking the modules costs as much as a small step
-        self._buffers.take([b for holder in self._holders for b in holder.values() if b is not None])
+        held = [dict(holder) for holder in self._holders]  # a model may put another tensor in the place of a buffer
+        self._buffers.take([b for holder in held for b in holder.values() if b is not None])
         cpu_rng = torch.get_rng_state()
         device = self.controller.device
         device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -344,6 +345,8 @@ class Guard:
         def undo() -> None:
             self._undo_step()
             self.optimizer.zero_grad(set_to_none=True)
+            for holder, buffers in zip(self._holders, held, strict=True):
+                holder.update(buffers)
             self._buffers.restore()
             torch.set_rng_state(cpu_rng)
             if device_rng is not None:
