@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import itertools
@@ -181,6 +182,25 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step():
     )
     with pytest.raises(DivergedError, match="step 0: lower --lr"):
         trainer.train_epoch()
+
+
+def test_what_a_failed_epoch_left_pending_is_not_of_the_run_that_goes_on_from_a_checkpoint():
+    failed, fresh = make(curriculum_alpha=0.5), make(curriculum_alpha=0.5)
+    state = copy.deepcopy(failed.state_dict())
+
+    def fail() -> None:
+        if failed.step == 2:
+            raise OutOfMemoryForGoodError("out of memory", [])
+
+    failed.after_step = fail
+    failed.schedule.base_lrs = [1e3]
+    with pytest.raises(OutOfMemoryForGoodError):
+        failed.train_epoch()
+    failed.after_step = lambda: None
+    for trainer in (failed, fresh):
+        trainer.load_state_dict(copy.deepcopy(state))
+    assert failed.train_epoch()["epoch_loss"] == fresh.train_epoch()["epoch_loss"]
+    assert torch.equal(failed.dataset.difficulty_scores, fresh.dataset.difficulty_scores)
 
 
 def test_the_monitor_keeps_the_newest_readings_and_stops():

@@ -42,6 +42,10 @@ class PendingScores:
         if len(self._steps) >= _STEPS or len(self._steps) * total * self._width >= _NUMBERS:
             self.enter(epoch)
 
+    def drop(self) -> None:
+        """Forget what is pending."""
+        self._steps.clear()
+
     def enter(self, epoch: int) -> None:
         """Enter all that is pending."""
         if self._steps:

@@ -49,6 +49,7 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
             getattr(trainer, name).load_state_dict(state[name])
             if name == "feedback":  # by which the sampler, the next part, plans
                 trainer.sampler.flagged = trainer.feedback.flagged
+        trainer.scores.drop()
         # the optimizer has put tensors of its own in place of those that the guard has made
         trainer.controller.memory.track([list(values.values()) for values in trainer.optimizer.state.values()])
         if trainer.average is not None:

@@ -383,9 +383,11 @@ class Recorder:
         return {name: getattr(self, name) for name in _SUMS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from `state_dict()`; what was pending is not of that run."""
         for name in _SUMS:
             setattr(self, name, state[name])
+        self._pending, self._pending_losses = [], []
+        self._on_the_way.clear()
 
     def close(self) -> None:
         try:
