@@ -71,6 +71,19 @@ def test_gradients_in_fixed_buffers_train_as_fresh_ones_do_and_leave_unused_para
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_gradients_of_other_processes_are_dropped_after_a_step_without_samples_of_its_own():
+    _, step = step_of(True)
+    train(step, 0, 8)
+    assert step.graphs is not None
+    step.graphs._fix_gradients()
+    train(step, 1, 8)
+    for gradient in step.graphs._gradients:
+        gradient.add_(1.0)  # as the sum over all processes does
+    step.guard.finish(step.update)
+    step.guard.zero_grad()
+    assert all((gradient == 0).all() for gradient in step.graphs._gradients)
+
+
 def test_a_capture_in_the_midst_of_a_step_keeps_what_was_added_up():
     weights = []
     for cuda_graphs in (False, True):

@@ -172,6 +172,7 @@ class GraphedMicroBatches:
 
     def optimizer_step(self) -> bool:
         """Step the optimizer and zero the gradients by a graph; False where it is to be stepped eagerly."""
+        self._zero = False  # also where this process had no samples: those of others are in its gradients now
         if self._optimizer_eager or self.off_reason or self._used is None:
             return False
         optimizer, scaler = self._step.guard.optimizer, self._step.guard.scaler
