@@ -45,6 +45,17 @@ def run(plant=STATIC, steps=300, seed=0, timed=True, **asked):
     return chooser, rows
 
 
+@dataclasses.dataclass
+class Straying(Ours):
+    """Some steps need 15 % more than others of as much work, for no reason."""
+
+    chance: random.Random = dataclasses.field(default_factory=random.Random)
+    share: float = 0.0
+
+    def observe(self, batch: int, work: float, peak: float, base: float, budget: float, step: int) -> None:
+        super().observe(batch, work, peak * (1.15 if self.chance.random() < self.share else 1.0), base, budget, step)
+
+
 def random_plant(seed: int) -> tuple[Plant, law.Limits]:
     """A static plant of any card, hinge and slope on which the smallest size keeps the headroom with 10 % to spare."""
     r = random.Random(seed)
@@ -187,6 +198,29 @@ def test_workspace_that_jumps_at_some_sizes_is_learned_once():
     assert errors(rows) == 0
     assert breaches(rows) <= 1
     assert changes(rows[SETTLED:]) == 0
+
+
+@pytest.mark.parametrize("factor", [1.2, 1.4])
+def test_one_size_that_needs_more_than_its_neighbours_is_learned_and_costs_the_others_no_margin(factor):
+    bump = ((95, factor), (105, 1 / factor))  # the last batch of each epoch
+    chooser, rows = run(replace(STATIC, workspace=bump, epoch_samples=216 * 11 + 100), 600)
+    assert errors(rows) == breaches(rows) == 0
+    assert {row.decided for row in rows[50:]} == {216}
+    assert chooser.state.peaks.margin_fraction == 0.005
+    assert chooser.state.peaks.predict(100) == pytest.approx(factor * STATIC.peak(100, 0))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03])
+def test_strays_at_random_sizes_do_not_ruin_the_fit(share):
+    plant = replace(STATIC, sample_work=heavy_tailed(), noise=0.01)
+    for seed in range(3):
+        chooser = Straying(limits(), chance=random.Random(seed), share=share)
+        rows = simulate(chooser, plant, 1500, seed)
+        assert errors(rows) == 0
+        assert breaches(rows) <= 15
+        assert used(rows[SETTLED:]) > 0.79
+        predicted = [chooser.state.peaks.predict(work) / plant.peak(work, 0) for work in (100, 150, 200)]
+        assert 0.95 < min(predicted) <= max(predicted) < 1.06
 
 
 def test_a_headroom_that_cannot_be_kept_gives_the_smallest_size_and_says_so():

@@ -122,6 +122,29 @@ def test_one_stray_peak_is_not_learned_from():
     assert after.margin_fraction < 0.01
 
 
+@pytest.mark.parametrize("factor", [1.3, 0.7])
+def test_a_stray_that_comes_back_at_its_own_size_is_what_that_size_needs(factor):
+    model = taught([(w, line(w)) for w in (8, 32, 128)], times=12)
+    for step in range(50, 80):
+        special = step in (50, 60, 70)
+        model = model.observe(64 if special else 128, line(64) * factor if special else line(128), 0.0, step)
+        if step == 50:
+            assert model.predict(64) == pytest.approx(line(64))
+    assert model.predict(64) == pytest.approx(line(64) * factor)
+    assert [model.predict(w) for w in (8, 32, 128)] == pytest.approx([line(w) for w in (8, 32, 128)])
+    assert max(abs(error) for error in model.residuals) < 1e-9
+    assert model.margin_fraction == 0.005
+
+
+@pytest.mark.parametrize("between", [64, 66])
+def test_a_stray_is_not_learned_from_where_a_usual_step_of_its_size_came_between(between):
+    model = taught([(w, line(w)) for w in (8, 32, 64, 128)], times=12)
+    for step, work, factor in ((50, 64, 1.3), (51, between, 1.0), (52, 64, 1.3), (53, 128, 1.0)):
+        model = model.observe(work, factor * line(work), 0.0, step)
+    assert model.predict(64) == pytest.approx(line(64), rel=0.01)
+    assert model.margin_fraction == pytest.approx(0.3, rel=0.05)
+
+
 @pytest.mark.parametrize("factor", [1.4, 0.6])
 def test_two_surprises_in_a_row_make_it_forget_what_was_before(factor):
     model = taught([(w, line(w)) for w in (8, 32, 128)], times=12)
@@ -164,6 +187,16 @@ def test_a_model_from_its_state_dict_predicts_and_learns_the_same():
     again = PeakModel.from_state_dict(json.loads(json.dumps(model.state_dict())))
     assert again == model
     assert again.observe(40, 2900.0, 500.0, 99) == model.observe(40, 2900.0, 500.0, 99)
+
+
+def test_a_model_from_its_state_dict_knows_the_stray_that_was_seen_once():
+    model = taught([(w, line(w)) for w in (8, 32, 128)], times=12).observe(64, 1.3 * line(64), 0.0, 50)
+    state = json.loads(json.dumps(model.state_dict()))
+    assert PeakModel.from_state_dict(state) == model
+    again = PeakModel.from_state_dict(state).observe(64, 1.3 * line(64), 0.0, 51)
+    assert again.predict(64) == pytest.approx(1.3 * line(64))
+    del state["strays"]  # of an earlier version
+    assert PeakModel.from_state_dict(state).strays == ()
 
 
 # --- time

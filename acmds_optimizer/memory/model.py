@@ -22,6 +22,7 @@ _EXTRAPOLATION = 1.05
 _RESIDUALS = 200
 _STRAYS_FROM = 20
 _SURPRISE = 0.1
+_SAME_WORK = 0.01
 _LEAST_MARGIN = 0.005
 _BELIEF_STEPS = 500
 _LINE_REACH = 4
@@ -65,6 +66,8 @@ class PeakModel:
     margin_fraction: float = 0.05
     """Share of a prediction to keep in reserve: 5 % until ten residuals are known, then their 99 % quantile, at
     least 0.5 %."""
+    strays: tuple[tuple[float, float], ...] = ()
+    """Work and residual of strays, where nothing was seen since of about as much work."""
 
     @property
     def known(self) -> bool:
@@ -123,18 +126,27 @@ class PeakModel:
     def observe(self, work: float, peak: float, base: float, step: int) -> PeakModel:
         """The model after a step with `work` reached `peak` bytes, `base` bytes of which were there before it."""
         residuals, expected = self.residuals, replace(self, base=base).predict(work)
+        key, again = _key(work), False
+        strays = tuple(stray for stray in self.strays if _key(stray[0]) != key)
         if not self.extrapolates(work):
-            residuals = (*residuals[1 - _RESIDUALS :], peak / max(expected, 1.0) - 1.0)
-            if abs(residuals[-1]) > _SURPRISE and len(residuals) > 1:
+            error = peak / max(expected, 1.0) - 1.0
+            residuals = (*residuals[1 - _RESIDUALS :], error)
+            if abs(error) > _SURPRISE and len(residuals) > 1:
                 if min(residuals[-2:]) > _SURPRISE or max(residuals[-2:]) < -_SURPRISE:
                     return PeakModel().observe(work, peak, base, step)
-                if len(residuals) >= _STRAYS_FROM:  # one alone is not learned from: it may be a stray
-                    return replace(self, residuals=residuals, base=base, margin_fraction=_margin(residuals))
-        key = _key(work)
+                before = next((e for w, e in self.strays if abs(w / work - 1.0) < _SAME_WORK), 0.0)
+                again = before * error > 0.0
+                if again:  # no error of the others: they need no margin for it
+                    residuals = tuple(residual for residual in residuals[:-1] if residual != before)
+                elif len(residuals) >= _STRAYS_FROM:  # one alone is not learned from: it may be a stray
+                    margin, strays = _margin(residuals), (*strays, (work, error))
+                    return replace(self, residuals=residuals, base=base, margin_fraction=margin, strays=strays)
         bins = []
         excess = max(0.0, peak - base)
-        seen = Bin(key, work, excess, 1, step)
+        seen = Bin(key, work, excess, 1 + again, step)
         for place, old in enumerate(self.bins):
+            if old.key == key and again:
+                continue
             if old.key == key:
                 # the first step at a size may have searched for kernels: the second replaces it
                 share = max(1.0 / old.count, 0.2)
@@ -143,7 +155,7 @@ class PeakModel:
             elif place == 0 or step - old.step < _BELIEF_STEPS * min(old.count, 8):
                 bins.append(old)
         bins.insert(bisect_left(bins, seen.work, key=_work), seen)
-        return PeakModel(tuple(bins), residuals, base, *_slopes(bins), _margin(residuals))
+        return PeakModel(tuple(bins), residuals, base, *_slopes(bins), _margin(residuals), strays)
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Plain numbers, for a checkpoint."""
@@ -152,6 +164,7 @@ class PeakModel:
             "bins": rows,
             "residuals": [list(self.residuals)],
             "line": [[self.base, self.slope, self.least_slope, self.margin_fraction]],
+            "strays": [list(stray) for stray in self.strays],
         }
 
     @staticmethod
@@ -160,7 +173,9 @@ class PeakModel:
         bins = tuple(
             Bin(_key(work), work, excess, int(count), int(step)) for work, excess, count, step in state["bins"]
         )
-        return PeakModel(bins, tuple(state["residuals"][0]), *state["line"][0])
+        strays = tuple((work, residual) for work, residual in state.get("strays", []))
+        base, slope, least_slope, margin = state["line"][0]
+        return PeakModel(bins, tuple(state["residuals"][0]), base, slope, least_slope, margin, strays)
 
 
 def _work(bin_: Bin) -> float:
