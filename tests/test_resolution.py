@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from acmds_optimizer.config import CurriculumConfig, TrainConfig
 from acmds_optimizer.curriculum.resolution import Stages
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.memory.device import BudgetedCpuMemory
+from acmds_optimizer.memory.model import TimeModel
 
 
 def stages(shape: tuple[int, ...] = (3, 224, 224), start: float = 0.5, count: int = 4) -> Stages:
@@ -150,6 +153,28 @@ def test_a_neighbour_makes_the_images_smaller_and_they_grow_back_when_it_goes():
             assert trainer.growth is not None
             seen.append(trainer.growth.number)
     assert seen == [0] * 7 + [1] * 2 + [0] * 2 + [1] * 3
+
+
+def test_a_resumed_training_keeps_the_knee_that_was_found_in_its_stage():
+    dataset = TensorDataset(torch.randint(0, 256, (256, 1, 16, 16), dtype=torch.uint8), torch.arange(256) % 2)
+    config = TrainConfig(
+        start_resolution=0.5, resolution_stages=2, epochs=10, max_batch_size=64, effective_batch_size=64,
+        target_headroom_gb=0.1, enable_amp=False,
+    )  # fmt: skip
+
+    def make() -> ACMDSTrainer:
+        model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+        memory = BudgetedCpuMemory(2**30)
+        return ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory)
+
+    with make() as trainer, make() as resumed:
+        trainer.train_epoch()
+        times = TimeModel(((8, (0.1,) * 9), (16, (0.1,) * 9), (32, (0.2,) * 9)))
+        trainer.controller.state = dataclasses.replace(trainer.controller.state, times=times, knee_batch=16)
+        resumed.load_state_dict(trainer.state_dict())
+        assert resumed._enter_stage() == 0.25
+        assert resumed.controller.state.times == times
+        assert resumed.controller.decide(0.25).batch == 16
 
 
 def test_a_model_that_takes_one_size_only_is_told_so():

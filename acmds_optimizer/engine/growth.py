@@ -52,11 +52,12 @@ class GrowingImages:
         number = min(self._ranks.gather(number))
         if number == self.number:
             return ""
-        self.number = number
+        begins, self.number = self.number < 0, number
         if graphs is not None:
             graphs.forget()
             controller.release_cache()
-        controller.forget_times()
+        if not begins:  # else they are those of a checkpoint, if there are any
+            controller.forget_times()
         height, width = self.size
         return f"images have {height}x{width} px from now on"
 
