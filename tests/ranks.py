@@ -156,6 +156,15 @@ def normalised(rank: int) -> dict[str, Any]:
     return fitted(layers=[nn.BatchNorm1d(20)], ema_decay=0.5)
 
 
+def cut_off(rank: int) -> dict[str, Any]:
+    """A run that ends in the middle of its first epoch, and is validated there."""
+    trainer = make(layers=[nn.BatchNorm1d(20)], max_steps=5)
+    trainer.fit()
+    found = facts(trainer)
+    trainer.state_dict()  # what is saved is what was validated
+    return found | {"saved": trainer.evaluate()}
+
+
 def few(rank: int) -> dict[str, Any]:
     """An epoch of 131 samples, whose last step would be too small for all; one of a single sample."""
     return {str(count): fitted(count=count) for count in (131, 1)}
@@ -191,7 +200,7 @@ def hopeless(rank: int) -> dict[str, Any]:
 
 
 SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
-    equal, struck, struck_optimizer, free, noisy, sometimes, normalised, few, stopped, hopeless,
+    equal, struck, struck_optimizer, free, noisy, sometimes, normalised, cut_off, few, stopped, hopeless,
 ]  # fmt: skip
 
 

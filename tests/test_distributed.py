@@ -212,6 +212,12 @@ def test_statistics_of_normalisations_are_shared(two):
     assert first["evaluation"] == second["evaluation"]
 
 
+def test_a_run_that_ends_in_an_epoch_is_validated_with_the_statistics_of_all(two):
+    first, second = (seen["cut_off"] for seen in two)
+    assert all(torch.equal(a, b) for a, b in zip(first["statistics"], second["statistics"], strict=True))
+    assert first["evaluation"] == pytest.approx(first["saved"], rel=1e-9)
+
+
 def test_few_samples_are_enough(two):
     for seen in two:
         assert (seen["few"]["131"]["counts"] == 2).all()

@@ -244,12 +244,13 @@ class ACMDSTrainer:
             torch.cuda.synchronize(self.device)
         if self.sampler.position >= self.sampler.num_samples:
             self.epoch += 1
-            self._share_statistics()
             self._judge_noise()
             self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
             self.unvalidated = True
         self.recorder.waited(self._count_time(clock) - clock)
         self.unvalidated |= self.progress >= 1.0
+        if self.unvalidated:
+            self._share_statistics()
         self.recorder.flush()
         self.last_epoch_loss = self.recorder.end_epoch() if self.unvalidated else self.recorder.epoch_loss
         return self._figures()
