@@ -18,8 +18,10 @@ import torch
 
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.engine.data import make_source
+from acmds_optimizer.engine.distributed import naming_failures
 from acmds_optimizer.engine.shares import Division, Standing, deal, divide, split
 from acmds_optimizer.engine.telemetry import Recorder, together
+from acmds_optimizer.errors import RankFailedError
 from acmds_optimizer.zoo.datasets import DataBundle
 from tests import ranks
 
@@ -245,6 +247,14 @@ def test_a_process_that_gives_up_ends_all(two):
     assert second["error"].startswith("OutOfMemoryForGoodError: out of memory")
     assert first["error"] == "RankFailedError: process 1 of 2 gave up; its own message says why"
     assert first["step"] == second["step"] == 3
+
+
+def test_a_card_that_is_full_among_the_processes_is_not_taken_for_another_one_that_is_gone():
+    # such as for a gradient that only others have
+    with pytest.raises(torch.OutOfMemoryError), naming_failures():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 MiB")
+    with pytest.raises(RankFailedError, match="another process of this run is gone"), naming_failures():
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_figures_of_several_processes_are_joined():

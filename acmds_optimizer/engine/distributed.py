@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from acmds_optimizer.engine.shares import Standing
 from acmds_optimizer.errors import ConfigError, RankFailedError
 from acmds_optimizer.memory.device import no_cuda_reason
+from acmds_optimizer.memory.guard import is_out_of_memory
 
 Value = TypeVar("Value")
 
@@ -295,8 +296,10 @@ class Ranks:
 
 @contextlib.contextmanager
 def naming_failures() -> Iterator[None]:
-    """What goes wrong within is that another process is gone."""
+    """What goes wrong within, but for a lack of memory, is that another process is gone."""
     try:
         yield
     except RuntimeError as error:  # of the connection: the other end is gone
+        if is_out_of_memory(error):
+            raise
         raise RankFailedError("another process of this run is gone; its own message says why") from error
