@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from acmds_optimizer import CurriculumConfig, MemoryPressureController, TrainConfig, cli, run_training
+from acmds_optimizer import ACMDSTrainer, CurriculumConfig, MemoryPressureController, TrainConfig, cli, run_training
 from acmds_optimizer.engine import checkpoint
+from acmds_optimizer.engine.epochs import EpochLog
 from acmds_optimizer.engine.evaluate import Best
 from acmds_optimizer.engine.run import make_model
 from acmds_optimizer.errors import ACMDSError, ConfigError
@@ -135,6 +136,46 @@ def test_a_run_stopped_in_the_middle_of_epochs_equals_one_that_was_not(tmp_path)
         resume = parts
     run_training(settings, output_dir=parts, resume=parts)
     assert_same_training(parts, tmp_path / "whole")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epochs": 2, "checkpoint_every_steps": 13, "checkpoint_every": 2},
+        {"max_steps": 10, "checkpoint_every_steps": 5},
+    ],
+    ids=["at the end of an epoch", "in the middle of one"],
+)
+@pytest.mark.parametrize("owner", [ACMDSTrainer, EpochLog], ids=["before it is validated", "after it was"])
+def test_a_run_killed_after_its_last_step_validates_once_when_it_goes_on(settings, owner, tmp_path, monkeypatch):
+    asked = config(**BITWISE, **settings)
+    whole = run_training(asked, output_dir=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    name = "evaluate" if owner is ACMDSTrainer else "write"
+    real, left = getattr(owner, name), iter(range(asked.epochs if asked.max_steps is None else 1))
+
+    def fatal(*args: Any) -> Any:
+        figures = real(*args)
+        if next(left) == whole.epochs - (asked.max_steps is None):
+            raise Killed
+        return figures
+
+    monkeypatch.setattr(owner, name, fatal)
+    with pytest.raises(Killed):
+        run_training(asked, output_dir=killed)
+    monkeypatch.undo()
+    outcome = run_training(asked, output_dir=killed, resume=killed)
+    assert (outcome.val_loss, outcome.best_epoch, outcome.epochs) == (whole.val_loss, whole.best_epoch, whole.epochs)
+    assert_same_training(killed, tmp_path / "whole")
+    epochs = []
+    for folder in (killed, tmp_path / "whole"):
+        with (folder / "epochs.csv").open(encoding="utf-8") as file:
+            epochs.append([(row["epoch"], row["step"], row["val_loss"]) for row in csv.DictReader(file)])
+    assert epochs[0] == epochs[1]
 
 
 def kill_and_resume(run: Path, settings: dict[str, Any], moments: list[float], number: signal.Signals) -> int:

@@ -144,7 +144,7 @@ def _train(
     """Train; `output_dir` is where this process writes what is written once, `keeps` whether there are checkpoints."""
     saved_epoch = trainer.epoch
     files = checkpoint.CheckpointFolder(output_dir, config.keep_checkpoints) if keeps and output_dir else None
-    epochs = EpochLog(output_dir, trainer.step)
+    epochs = EpochLog(output_dir, trainer.step - trainer.unvalidated)  # the row of an epoch that is validated again goes
 
     def save(*, best: bool = False) -> None:
         if not keeps:

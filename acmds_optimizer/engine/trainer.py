@@ -237,8 +237,10 @@ class ACMDSTrainer:
                 while self._goes_on() and (self.team and self.team.division) is division:
                     self._one_step(stream, clock)
                     clock = self._count_time(clock)
-                    self.after_step()
+                    if not self._at_an_end:
+                        self.after_step()
                     self._report()
+        ended = self._at_an_end
         self.scores.enter(self.epoch)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -253,6 +255,8 @@ class ACMDSTrainer:
             self._share_statistics()
         self.recorder.flush()
         self.last_epoch_loss = self.recorder.end_epoch() if self.unvalidated else self.recorder.epoch_loss
+        if ended:  # only now, so that a run that goes on from here knows that a validation is due
+            self.after_step()
         return self._figures()
 
     def _count_time(self, since: float) -> float:
@@ -287,8 +291,13 @@ class ACMDSTrainer:
             lambda event: self.recorder.out_of_memory(event, self._where(), recovered=True),
         )  # fmt: skip
 
+    @property
+    def _at_an_end(self) -> bool:
+        """Whether the epoch's samples, or the training, have come to their end."""
+        return self.sampler.position >= self.sampler.num_samples or self.progress >= 1.0
+
     def _goes_on(self) -> bool:
-        return self.sampler.position < self.sampler.num_samples and not self.stopping and self.progress < 1.0
+        return not self._at_an_end and not self.stopping
 
     def _open_stream(self) -> EpochStream:
         """What is left of the epoch; of several processes, this one's part of it."""
