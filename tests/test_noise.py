@@ -71,6 +71,16 @@ def test_wrong_labels_are_flagged_and_count_nothing(settings):
     )
 
 
+def test_a_tenth_of_the_training_has_passed_before_a_loss_counts():
+    trainer = make(0, direction="auto", epochs=20)
+    warm = []
+    for _ in range(3):
+        trainer.train_epoch()
+        assert trainer.feedback.gate is not None
+        warm.append(trainer.feedback.gate.warm)
+    assert warm == [False, True, True]
+
+
 @pytest.mark.parametrize("scoring", ["loss", "forgetting"])
 def test_a_training_with_a_gate_stopped_and_resumed_equals_one_that_was_not(scoring, tmp_path: Path):
     settings: dict[str, Any] = {"direction": "hard", "noise_rate": "auto", "scoring": scoring}

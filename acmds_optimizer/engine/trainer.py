@@ -245,7 +245,7 @@ class ACMDSTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         if self.sampler.position >= self.sampler.num_samples:
-            self.epoch += 1
+            self.epoch, self.sampler.position = self.epoch + 1, 0
             self._judge_noise()
             self.sampler.set_epoch(self.epoch, min(1.0, self.epoch / self.total_epochs))
             self.unvalidated = True
