@@ -171,6 +171,18 @@ def test_mixup_mixes_each_image_and_label_with_the_one_before():
     assert batch.soft[1].tolist() == pytest.approx([1 - share, share, 0])
 
 
+@pytest.mark.parametrize("settings", [{"mixup_alpha": 1.0}, {"cutmix_alpha": 1.0}])
+def test_a_sample_that_counts_nothing_is_not_mixed_into_the_next(settings):
+    batch = batch_of(6)
+    batch.weights[1] = 0.0
+    mixed = Mixing(config(**settings), 3, (1, 8, 8))(batch, 0, 0)
+    for part, at in ((mixed.slice(0, 6), 2), (mixed.slice(2, 4), 0)):
+        assert part.soft is not None
+        assert torch.equal(part.inputs[at], batch.inputs[2])
+        assert part.soft[at].tolist() == [0.0, 0.0, 1.0]
+        assert 0 < part.soft[at + 1].max() < 1
+
+
 def test_mixing_needs_images_and_cross_entropy():
     with pytest.raises(ConfigError, match="mixup_alpha: needs images"):
         Mixing(config(mixup_alpha=1.0), 3, (20,))

@@ -67,7 +67,8 @@ def make_loss(config: CurriculumConfig, own: LossFunction | None) -> TrainingLos
 class MixedBatch(Batch):
     """A batch whose slices are mixed when they are cut, so that the memory it takes is that of a micro-batch.
 
-    Each sample is mixed with the one before it in the whole batch, so the cuts do not change what is learned.
+    Each sample is mixed with the one before it in the whole batch, so the cuts do not change what is learned. One after
+    a sample of weight 0 stays as it is: a label that is not to be learned would be learned with it.
     """
 
     transform: v2.Transform
@@ -76,15 +77,18 @@ class MixedBatch(Batch):
     def slice(self, start: int, stop: int) -> Batch:
         """Samples start to stop, mixed, with their soft targets."""
         before = (start - 1) % len(self)
+        whole = (self.inputs, self.targets, self.weights)
         if start:
-            inputs, targets = self.inputs[before:stop], self.targets[before:stop]
+            inputs, targets, weights = (part[before:stop] for part in whole)
         else:  # the sample before the first is the last
-            inputs = torch.cat((self.inputs[before:], self.inputs[:stop]))
-            targets = torch.cat((self.targets[before:], self.targets[:stop]))
+            inputs, targets, weights = (torch.cat((part[before:], part[:stop])) for part in whole)
         with torch.random.fork_rng(devices=[]):  # torchvision draws the shares from the CPU's global generator
             torch.default_generator.manual_seed(self.seed)
             mixed, soft = self.transform(inputs, targets)
-        return Batch(mixed[1:], self.targets[start:stop], self.indices[start:stop], self.weights[start:stop], soft[1:])
+        alone = (weights[:-1] == 0.0)[:, None]
+        soft = torch.where(alone, nn.functional.one_hot(targets[1:], soft.shape[1]).to(soft.dtype), soft[1:])
+        mixed = torch.where(alone[..., None, None], inputs[1:], mixed[1:])
+        return Batch(mixed, self.targets[start:stop], self.indices[start:stop], self.weights[start:stop], soft)
 
 
 class Mixing:
