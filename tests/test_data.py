@@ -818,3 +818,23 @@ def test_a_folder_is_decoded_once_for_all_runs_until_it_changes(tmp_path, monkey
         path.write_bytes(b"not an array")
     assert pixels().shape == first.shape
     assert len(decoded) == 3
+
+
+def test_a_label_that_came_with_the_next_image_is_kept_with_the_decoded_images(tmp_path, caplog):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (40 * number, 0, 200)).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "a" / "2.png").write_bytes(b"")
+
+    def targets(broken_images):
+        config = TrainConfig(
+            dataset=str(tmp_path / "images"), image_size=8, num_workers=0, val_fraction=0.0,
+            decoded_cache=str(tmp_path / "cache"), broken_images=broken_images,
+        )  # fmt: skip
+        bundle = build_data(config)
+        return make_source(bundle.train, bundle, config, "cpu", train=True).targets.tolist()
+
+    assert [targets("skip"), targets("skip")] == [[0, 0, 1, 1, 1, 1]] * 2
+    with pytest.raises(DataError, match="2.png: cannot be read"):
+        targets("error")

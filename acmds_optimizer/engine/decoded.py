@@ -26,13 +26,15 @@ def decoded_once(
 ) -> tuple[Tensor, np.ndarray]:
     """What `decode` returns, images (n, C, H, W) uint8 and targets (n,), from `folder` where they are there already.
 
-    The file is mapped, so that runs at the same time share its pages. Its name comes from the size, name and time of
-    change of every image, so a changed folder is decoded anew. A folder that cannot be written costs a warning.
+    The file of images is mapped, so that runs at the same time share its pages. Its name comes from the size, name and
+    time of change of every image, so a changed folder is decoded anew. The targets have a file too, since the image in
+    the place of a broken one came with its own. A folder that cannot be written costs a warning.
     """
-    path = folder / f"{_key(files, spec)}.npy"
+    key = _key(files, spec)
+    path, labels = folder / f"{key}.npy", folder / f"{key}_targets.npy"
     try:
         # copy-on-write, because PyTorch warns of arrays that cannot be written
-        return torch.from_numpy(np.load(path, mmap_mode="c")), files.targets
+        return torch.from_numpy(np.load(path, mmap_mode="c")), np.load(labels)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -40,16 +42,19 @@ def decoded_once(
     images, targets = decode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, images.numpy())
+        for name, array in ((labels, targets), (path, images.numpy())):
+            with replacing(name) as temporary, temporary.open("wb") as file:
+                np.save(file, array)
     except OSError as error:
         logger.warning("the decoded images cannot be kept in %s: %s", folder, error)
     return images, targets
 
 
 def _key(files: ImageFiles, spec: InputSpec) -> str:
-    digest = hashlib.sha256(repr((_FORMAT, spec.shape, spec.crop, str(files.root.resolve()), len(files))).encode())
+    about = (_FORMAT, spec.shape, spec.crop, spec.skip_broken, str(files.root.resolve()), len(files))
+    digest = hashlib.sha256(repr(about).encode())
     digest.update(files.names.tobytes())
+    digest.update(files.targets.tobytes())
     stamps = np.empty((len(files), 2), np.int64)
     for index in range(len(files)):
         state = files.path(index).stat()
