@@ -289,6 +289,17 @@ def test_evaluate_prints_the_figures_of_the_run(run, capsys):
     assert outcome["val_top5"] >= outcome["val_accuracy"] > 0.2
 
 
+def test_evaluate_needs_no_scores(run, tmp_path, capsys):
+    state = checkpoint.load(run)
+    state["config"]["scoring"] = str(tmp_path / "scores_of_the_training_samples.npy")
+    checkpoint.save(tmp_path / "scored.pt", state)
+    printed = []
+    for path in (run, tmp_path / "scored.pt"):
+        assert cli.main(["--evaluate", str(path), "--quiet"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 def test_evaluate_refuses_another_model(run, capsys):
     assert cli.main(["--evaluate", str(run), "--model", "resnet18", "--quiet"]) == 2
     assert "does not fit resnet18" in capsys.readouterr().err

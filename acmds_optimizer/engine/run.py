@@ -228,9 +228,10 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
         model.load_state_dict(checkpoint.final_weights(state))
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit {config.model} on {config.dataset}: {error}") from None
-    # the validation set in the place of the training set, which would be decoded for nothing
+    # the validation set in the place of the training set, which would be decoded for nothing; a file of scores has none
+    # of its samples
     with ACMDSTrainer(
-        model, bundle.val, build_optimizer(model, config), dataclasses.replace(config, ema_decay=None),
+        model, bundle.val, build_optimizer(model, config), dataclasses.replace(config, ema_decay=None, scoring="loss"),
         memory=memory, val_dataset=bundle.val, bundle=bundle,
     ) as trainer:  # fmt: skip
         return trainer.evaluate()
