@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, MemoryPressureController, TrainConfig, cli, run_training
 from acmds_optimizer.engine import checkpoint
@@ -323,6 +324,20 @@ def test_exported_weights_are_those_that_were_validated(run, tmp_path, capsys):
     assert cli.main(["export", str(run), str(target)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert target.read_bytes() == before
+
+
+def test_a_checkpoint_is_neither_validated_nor_trained_on_with_other_classes(tmp_path, capsys):
+    for name in ("cat", "dog", "zebra"):
+        for part in ("train", "val"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / part / name / "0.png")
+    images = str(tmp_path / "images")
+    run_training(config(dataset=images, epochs=1), output_dir=tmp_path / "run")
+    for part in ("train", "val"):
+        (tmp_path / "images" / part / "zebra").rename(tmp_path / "images" / part / "ape")
+    for arguments in (["--evaluate", str(tmp_path / "run" / "best.pt")], ["--resume", str(tmp_path / "run")]):
+        assert cli.main([*arguments, "--epochs", "2", "--quiet"]) == 2
+        assert f"{images}: class 0 is 'ape', but 'cat' in the checkpoint" in capsys.readouterr().err
 
 
 def test_an_export_without_the_package_says_what_to_install(run, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def run_training(
             torch.cuda.manual_seed(config.seed + ranks.rank)
         optimizer = build_optimizer(model, config)
         state = _with_settings(checkpoint.load(resume), config, optimizer) if resume is not None else None
+        _check_classes(state, bundle, config)
     trainer = ACMDSTrainer(
         model, bundle.train, optimizer, config,
         memory=memory, val_dataset=bundle.val, bundle=bundle, ranks=ranks,
@@ -223,6 +225,7 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
     bundle = build_data(config)
     if bundle.val is None:
         raise DataError(f"{config.dataset}: nothing is held out for validation; give a val/ folder or --val-fraction")
+    _check_classes(state, bundle, config)
     model = make_model(config, bundle)
     try:
         model.load_state_dict(checkpoint.final_weights(state))
@@ -290,6 +293,20 @@ def _outcome(trainer: ACMDSTrainer) -> Outcome:
         seconds=trainer.seconds,
         stopped_early=not trainer.finished,
     )
+
+
+def _check_classes(state: dict[str, Any] | None, bundle: DataBundle, config: TrainConfig) -> None:
+    """Refuse data whose class numbers mean something else than in the checkpoint, where both have names for them.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    before, now = (state or {}).get("data", {}).get("class_names"), bundle.class_names
+    if before is None or now is None:
+        return
+    for number, (was, is_now) in enumerate(zip_longest(before, now)):
+        if was != is_now:
+            raise CheckpointError(f"{config.dataset}: class {number} is {is_now!r}, but {was!r} in the checkpoint")
 
 
 def _with_settings(state: dict[str, Any], config: TrainConfig, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
