@@ -377,6 +377,12 @@ def test_numpy_images_are_read_as_height_width_channels(write_module):
     assert load("own_data:unlabelled", num_classes=3).image_shape == (3, 10, 10)
 
 
+def test_a_grey_image_among_coloured_ones_takes_neither_their_colour_nor_their_size():
+    images = [Image.new("L" if number == 0 else "RGB", (32, 24)) for number in range(3)]
+    labelled: Any = list(zip(images, [0, 1, 0], strict=True))
+    assert describe(labelled).image_shape == (3, 24, 32)
+
+
 @pytest.mark.parametrize(
     ("spec", "settings", "message"),
     [

@@ -45,8 +45,8 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 class ItemKind:
     """What one item, or every probed item, of a data set is.
 
-    shape is (C, H, W) of the first item (any shape for floats); is_float says that it is a float tensor; one_size
-    that all probed items have that shape.
+    shape is (C, H, W) of the first item, C the largest of all (any shape for floats); is_float says that it is a float
+    tensor; one_size that all probed items have that height and width (that shape for floats).
     """
 
     shape: tuple[int, ...]
@@ -129,7 +129,10 @@ def probe(dataset: Dataset[Any]) -> ItemKind:
     kinds = [kind_of(as_image(split_item(dataset[i])[0])) for i in picks]
     if len({kind.is_float for kind in kinds}) > 1:
         raise DataError("the data set mixes float tensors and images")
-    return ItemKind(kinds[0].shape, kinds[0].is_float, one_size=len(set(kinds)) == 1)
+    if kinds[0].is_float:
+        return ItemKind(kinds[0].shape, True, one_size=len(set(kinds)) == 1)
+    channels = max(kind.shape[0] for kind in kinds)  # a grey image becomes a coloured one without loss
+    return ItemKind((channels, *kinds[0].shape[1:]), False, one_size=len({kind.shape[1:] for kind in kinds}) == 1)
 
 
 def length(dataset: Dataset[Any]) -> int:
