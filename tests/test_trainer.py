@@ -105,6 +105,12 @@ def test_an_epoch_reports_the_mean_of_the_real_per_sample_losses():
     assert len(trainer.dataset.difficulty_scores.unique()) > 90, "not the batch mean written to every sample"
 
 
+def test_without_a_number_of_epochs_every_call_trains_one():
+    with make() as trainer:
+        samples = [trainer.train_epoch()["samples"] for _ in range(12)]
+    assert samples == list(range(100, 1300, 100))
+
+
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 32])
 def test_the_micro_batch_does_not_change_what_is_learned(micro_batch):
     fixed = make()

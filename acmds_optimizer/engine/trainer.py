@@ -293,8 +293,9 @@ class ACMDSTrainer:
 
     @property
     def _at_an_end(self) -> bool:
-        """Whether the epoch's samples, or the training, have come to their end."""
-        return self.sampler.position >= self.sampler.num_samples or self.progress >= 1.0
+        """Whether the epoch's samples, or the training, have come to their end; without a TrainConfig it has none."""
+        over = self.progress >= 1.0 and isinstance(self.config, TrainConfig)
+        return over or self.sampler.position >= self.sampler.num_samples
 
     def _goes_on(self) -> bool:
         return not self._at_an_end and not self.stopping
