@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,19 @@ def test_flagged_images_are_listed_worst_first_with_a_sheet(tmp_path: Path):
     )
     with Image.open(tmp_path / "flagged.png") as sheet:
         assert sheet.size == (8 * 112, 112 + 26)
+
+
+def test_flagged_files_that_are_broken_or_oddly_named_are_listed_too(tmp_path: Path):
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "dog").mkdir()
+    for name in (b"cat/\xe9.png", b"dog/1.png"):
+        Image.new("RGB", (12, 10)).save(tmp_path / "data" / os.fsdecode(name))
+    (tmp_path / "data" / "dog" / "2.png").write_bytes(b"")  # broken_images: skip
+    dataset = scan_classes(tmp_path / "data")
+    gate = NoiseGate(3, "auto")
+    gate.update(torch.arange(3), torch.tensor([0, 1, 1]), torch.zeros(3, 2), torch.tensor([4.0, 2.0, 3.0]))
+    gate.flagged[:] = True
+    write_flagged(tmp_path, dataset, gate, dataset.classes)
+    with (tmp_path / "flagged.csv").open(newline="", encoding="utf-8") as file:
+        assert [Path(row["path"]).name for row in csv.DictReader(file)] == ["\\udce9.png", "2.png", "1.png"]
+    assert (tmp_path / "flagged.png").exists()

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from acmds_optimizer.curriculum.gate import NoiseGate
-from acmds_optimizer.zoo.folders import ImageFiles
+from acmds_optimizer.errors import DataError
+from acmds_optimizer.zoo.folders import UNREADABLE, ImageFiles
 from acmds_optimizer.zoo.items import as_image, split_item
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def write_flagged(folder: Path, dataset: Dataset[Any], gate: NoiseGate, classes:
     def name(number: int) -> str:
         return classes[number] if classes is not None and 0 <= number < len(classes) else str(number)
 
-    with (folder / TABLE).open("w", newline="", encoding="utf-8") as file:
+    # a file's name need not be text
+    with (folder / TABLE).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for i in order.tolist():
@@ -65,7 +67,10 @@ def write_flagged(folder: Path, dataset: Dataset[Any], gate: NoiseGate, classes:
             writer.writerow([*row, f"{confidences[i]:.4f}", f"{difficulty[i]:.4f}"])
     tiles = []
     for i in order[: _TILES * _TILES].tolist():
-        image = _picture(dataset, i)
+        try:
+            image = _picture(dataset, i)
+        except (DataError, *UNREADABLE):  # the next one has trained in its place
+            continue
         if image is None:
             return
         tiles.append(
