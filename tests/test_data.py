@@ -836,5 +836,5 @@ def test_a_label_that_came_with_the_next_image_is_kept_with_the_decoded_images(t
         return make_source(bundle.train, bundle, config, "cpu", train=True).targets.tolist()
 
     assert [targets("skip"), targets("skip")] == [[0, 0, 1, 1, 1, 1]] * 2
-    with pytest.raises(DataError, match="2.png: cannot be read"):
+    with pytest.raises(DataError, match=r"2\.png: cannot be read"):
         targets("error")

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from acmds_optimizer import TrainConfig, cli, run_training
 from acmds_optimizer.config import GIB
-from acmds_optimizer.engine.dry_run import Prediction, predict
+from acmds_optimizer.engine.data import ResidentSource, make_source
+from acmds_optimizer.engine.dry_run import Prediction, predict, resident_bytes
 from acmds_optimizer.errors import DataError
+from acmds_optimizer.zoo.datasets import build_data
 from acmds_optimizer.zoo.models import SmallCNN, build_model
 
 
@@ -33,6 +36,29 @@ def test_the_predicted_peak_is_that_of_a_run_on_the_cpu_card(settings, tmp_path)
     real = max(float(row["peak_allocated_gb"]) for row in rows) * GIB
     predicted = predict(SmallCNN(10, 1), (1, 8, 8), asked).peak_bytes(256)
     assert predicted == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("items", "settings"),
+    [
+        (torch.zeros(30, 3, 96, 96), {}),
+        (torch.zeros(30, 20), {}),
+        (torch.zeros(30, 3, 32, 32, dtype=torch.uint8), {"augment": False, "auto_augment": "rand"}),
+        (torch.zeros(30, 3, 32, 32, dtype=torch.uint8), {"auto_augment": "rand"}),
+        (torch.zeros(30, 3, 96, 96, dtype=torch.uint8), {}),
+    ],
+)
+def test_data_that_stays_on_the_device_is_counted(items, settings, monkeypatch):
+    data = TensorDataset(items, torch.arange(30) % 2), TensorDataset(items[:10], torch.arange(10) % 2)
+    monkeypatch.setattr("acmds_optimizer.zoo.datasets.load_callable", lambda *_: lambda: data)
+    asked = config(dataset="own:data", num_workers=0, **settings)
+    bundle = build_data(asked)
+    real = 0
+    for part, train in ((bundle.train, True), (bundle.val, False)):
+        assert part is not None
+        source = make_source(part, bundle, asked, "cpu", train=train)
+        real += source.images.nbytes if isinstance(source, ResidentSource) else 0
+    assert resident_bytes(asked, bundle) == real
 
 
 def test_the_peak_is_a_line_in_the_micro_batch_over_a_floor():

@@ -61,15 +61,10 @@ def make_source(
         bundle = describe(dataset)
     settings = config if isinstance(config, TrainConfig) else TrainConfig()
     augment = train and settings.augment
-    spec = InputSpec(
-        bundle.image_shape, bundle.mean, bundle.std, bundle.flip, bundle.crop, bundle.is_float, bundle.num_classes,
-        config.seed, settings.auto_augment if augment else "none", settings.cutout_fraction if augment else 0.0,
-        settings.broken_images == "skip",
-    )  # fmt: skip  # in the order of the fields
+    spec = input_spec(bundle, config, train=train)
     workers = resolve_workers(settings.num_workers)
     count = length(dataset)
-    fits = is_fixed(dataset) and count * spec.item_bytes <= resident_limit_bytes
-    if spec.crop == "resized" or spec.auto_augment != "none" or not fits:
+    if not resident_bytes(dataset, spec, resident_limit_bytes):
         return WorkerSource(dataset, spec, device, augment, workers, channels_last)
     stored = in_memory(dataset)
     if stored is not None and tuple(stored.images.shape[1:]) == spec.shape:
@@ -84,6 +79,24 @@ def make_source(
     level = logging.INFO if took >= SLOW_DECODE_S else logging.DEBUG
     logger.log(level, "decoded %d images of %s in %.1f s; they stay on %s", count, spec.shape, took, device)
     return ResidentSource(images, targets, spec, device, augment, channels_last)
+
+
+def input_spec(bundle: DataBundle, config: CurriculumConfig, *, train: bool) -> InputSpec:
+    """How the items of `bundle` become inputs, in training or in validation."""
+    settings = config if isinstance(config, TrainConfig) else TrainConfig()
+    augment = train and settings.augment
+    return InputSpec(
+        bundle.image_shape, bundle.mean, bundle.std, bundle.flip, bundle.crop, bundle.is_float, bundle.num_classes,
+        config.seed, settings.auto_augment if augment else "none", settings.cutout_fraction if augment else 0.0,
+        settings.broken_images == "skip",
+    )  # fmt: skip  # in the order of the fields
+
+
+def resident_bytes(dataset: Dataset[Any], spec: InputSpec, limit_bytes: int = RESIDENT_LIMIT_BYTES) -> int:
+    """Bytes of `dataset` on the device; 0 where workers load it."""
+    total = length(dataset) * spec.item_bytes
+    by_workers = spec.crop == "resized" or spec.auto_augment != "none" or not is_fixed(dataset)
+    return 0 if by_workers or total > limit_bytes else total
 
 
 __all__ = ["Batch", "DataSource", "EpochStream", "ResidentSource", "WorkerSource", "make_source"]

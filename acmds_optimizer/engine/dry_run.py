@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from acmds_optimizer.config import GIB, TrainConfig
-from acmds_optimizer.engine.data import RESIDENT_LIMIT_BYTES
+from acmds_optimizer.engine import data
 from acmds_optimizer.engine.loss import make_loss
 from acmds_optimizer.engine.prepare import amp_dtype, build_optimizer, checkpoint_activations
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.device import open_memory
 from acmds_optimizer.memory.guard import create_optimizer_state
-from acmds_optimizer.zoo import SMALL_IMAGE_PX
+from acmds_optimizer.zoo.datasets import DataBundle
 
 CARD_GB = 23.2
 """What the allocator of a 24 GB card can hold, once the driver has its part."""
@@ -192,11 +192,14 @@ def _outputs(model: nn.Module) -> Iterator[list[tuple[str, str, int, str]]]:
             hook.remove()
 
 
-def resident_bytes(config: TrainConfig, shape: tuple[int, ...], images: int) -> int:
-    """Bytes of data that `make_source` would keep on the device."""
-    size = torch.Size(shape).numel() * images
-    small = len(shape) == 3 and max(shape[1:]) <= SMALL_IMAGE_PX and config.auto_augment == "none"
-    return size if small and size <= RESIDENT_LIMIT_BYTES else 0
+def resident_bytes(config: TrainConfig, bundle: DataBundle) -> int:
+    """Bytes of data that stays on the device."""
+    parts = ((bundle.train, True), (bundle.val, False))
+    return sum(
+        data.resident_bytes(part, data.input_spec(bundle, config, train=train))
+        for part, train in parts
+        if part is not None
+    )
 
 
 def report(prediction: Prediction, shape: tuple[int, ...], config: TrainConfig) -> list[str]:

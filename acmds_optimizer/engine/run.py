@@ -35,7 +35,7 @@ from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, Dive
 from acmds_optimizer.files import replacing
 from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments, usable_device
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
-from acmds_optimizer.zoo.items import length
+from acmds_optimizer.zoo.items import TensorImages
 from acmds_optimizer.zoo.models import build_model, freeze
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _train(
     """Train; `output_dir` is where this process writes what is written once, `keeps` whether there are checkpoints."""
     saved_epoch = trainer.epoch
     files = checkpoint.CheckpointFolder(output_dir, config.keep_checkpoints) if keeps and output_dir else None
-    epochs = EpochLog(output_dir, trainer.step - trainer.unvalidated)  # the row of an epoch that is validated again goes
+    epochs = EpochLog(output_dir, trainer.step - trainer.unvalidated)  # without the row of what is validated again
 
     def save(*, best: bool = False) -> None:
         if not keeps:
@@ -243,8 +243,12 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
 _OF_ONE_CARD = ("device", "memory_limit_gb", "target_headroom_gb", "gc_threshold_gb", "num_workers", "output_dir")
 """Settings in which the processes of a run may differ."""
 
-_KNOWN = {"digits": ((1, 8, 8), 10, 1797), "cifar10": ((3, 32, 32), 10, 60_000), "cifar100": ((3, 32, 32), 100, 60_000)}
-"""Shape of an image, classes and images of data sets that a dry run need not download."""
+_KNOWN = {
+    "digits": ((1, 8, 8), 10, (1618, 179)),
+    "cifar10": ((3, 32, 32), 10, (50_000, 10_000)),
+    "cifar100": ((3, 32, 32), 100, (50_000, 10_000)),
+}
+"""Shape of an image, classes, and images for training and validation of data sets that a dry run need not download."""
 
 
 def dry_run(config: TrainConfig) -> list[str]:
@@ -256,13 +260,14 @@ def dry_run(config: TrainConfig) -> list[str]:
     known = _KNOWN.get(config.dataset)
     shape: tuple[int, ...]
     if known is not None and config.image_size is None:
-        shape, classes, images = known
-        bundle = DataBundle(None, None, config.num_classes or classes, None, shape)  # type: ignore[arg-type]  # unread
+        shape, classes, counts = known
+        black = torch.zeros((), dtype=torch.uint8)
+        train, val = (TensorImages(black.expand(count, *shape), np.zeros(count)) for count in counts)
+        bundle = DataBundle(train, val, config.num_classes or classes, None, shape)
     else:
         bundle = build_data(config)
         shape = bundle.image_shape
-        images = sum(length(part) for part in (bundle.train, bundle.val) if part is not None)
-    resident = dry_run_engine.resident_bytes(config, shape, images)
+    resident = dry_run_engine.resident_bytes(config, bundle)
     prediction = dry_run_engine.predict(make_model(config, bundle), shape, config, resident)
     return dry_run_engine.report(prediction, shape, config)
 
