@@ -47,7 +47,7 @@ def draw_run(folder: Path) -> tuple[Path, Path]:
     except ImportError:
         raise ConfigError("plot", ["matplotlib is not installed: pip install 'acmds[plot]'"]) from None
     figure = Figure(figsize=(15, 8), layout="constrained")
-    _draw(figure, _thin(steps), epochs)
+    _draw(figure, thin(steps), epochs)
     vector = io.StringIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
     png, page = folder / "run.png", folder / "run.html"
@@ -70,8 +70,10 @@ def _table(path: Path) -> pd.DataFrame | None:
         raise DataError(f"{path}: cannot be read as a table: {error}") from None
 
 
-def _thin(steps: pd.DataFrame) -> pd.DataFrame:
-    return steps.iloc[:: max(1, len(steps) // MOST_POINTS)]
+def thin(steps: pd.DataFrame) -> pd.DataFrame:
+    """About MOST_POINTS of the steps, evenly spaced, and all those with an out-of-memory error."""
+    every = max(1, len(steps) // MOST_POINTS)
+    return steps[(steps.index % every == 0) | (steps["oom_events"] > 0)]
 
 
 def _draw(figure: Figure, steps: pd.DataFrame, epochs: pd.DataFrame | None) -> None:

@@ -7,12 +7,13 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from acmds_optimizer import TrainConfig, cli, run_training
 from acmds_optimizer.engine.epochs import EPOCH_COLUMNS, EpochLog
-from acmds_optimizer.pictures import draw_run
+from acmds_optimizer.pictures import draw_run, thin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -66,6 +67,13 @@ def test_a_run_is_drawn_as_a_picture_and_as_a_page_that_needs_nothing_else(run, 
     assert "a &lt;run&gt;" in page
     links = re.findall(r'(?:src|href)="([^#][^"]*)"', page)
     assert links == [], "what it needs is in it"
+
+
+def test_no_out_of_memory_error_is_left_out_of_a_long_run():
+    steps = pd.DataFrame({"step": range(5000), "oom_events": 0})
+    steps.loc[[3, 4001], "oom_events"] = 1
+    thinned = thin(steps)
+    assert thinned["step"].tolist() == sorted({*range(0, 5000, 5), 3, 4001})
 
 
 def test_a_run_that_is_cut_off_can_be_drawn(run, tmp_path):
