@@ -288,6 +288,12 @@ class TrainConfig(CurriculumConfig):
     patience_epochs: PositiveInt | None = None
     """Stop early after so many epochs without a better best_metric; none: never."""
 
+    @model_validator(mode="after")
+    def _momentum_can_be_nesterovs(self) -> TrainConfig:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: needs momentum above 0")
+        return self
+
 
 Config = TypeVar("Config", bound=CurriculumConfig)
 

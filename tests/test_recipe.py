@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from acmds_optimizer import ACMDSTrainer, TrainConfig, run_training
+from acmds_optimizer.config import build
 from acmds_optimizer.engine.augment import Cutouts
 from acmds_optimizer.engine.average import WeightAverage
 from acmds_optimizer.engine.batches import Batch
@@ -100,6 +101,11 @@ def test_norms_and_biases_do_not_decay_unless_asked():
 def test_sgd_takes_momentum_and_nesterov():
     group = build_optimizer(SmallCNN(10, 1), config(optimizer="sgd", momentum=0.5, nesterov=True)).param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.5, True)
+
+
+def test_nesterov_without_momentum_is_refused_with_the_other_settings():
+    with pytest.raises(ConfigError, match="nesterov: needs momentum above 0"):
+        build(TrainConfig, {"optimizer": "sgd", "momentum": 0.0, "nesterov": True}, "command line")
 
 
 def test_sgd_with_the_weight_decay_of_adamw_is_warned_of(caplog):
