@@ -141,6 +141,16 @@ def test_a_fixed_rate_flags_the_highest_losses_after_the_same_wait():
     assert np.flatnonzero(gate.flagged).tolist() == [3, 8, 17, 20]
 
 
+def test_a_fixed_rate_flags_nothing_that_was_not_seen():
+    gate = NoiseGate(10, 0.5)
+    gate.warm = True
+    for _ in range(2):
+        gate.update(torch.arange(2), torch.tensor([0, 0]), torch.zeros(2, 2), torch.tensor([1.0, 2.0]))
+        gate.end_epoch(0.5)
+    assert gate.fired
+    assert gate.flagged.nonzero()[0].tolist() == [1]  # of the two of its class
+
+
 def test_a_gate_resumed_equals_one_that_was_not_stopped():
     whole, stopped = NoiseGate(40, "auto"), NoiseGate(40, "auto")
     for gate in (whole, stopped):

@@ -200,6 +200,7 @@ class NoiseGate:
             suspected = np.zeros(len(difficulty), dtype=np.bool_)
             count = math.floor(self.noise_rate * len(difficulty))
             suspected[np.argsort(-np.where(seen, difficulty, -1.0), kind="stable")[:count]] = True
+            suspected &= seen
         if self.fired:
             self.flagged = flag(difficulty, suspected, labels)
         return self.fired and not before
