@@ -102,6 +102,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         ("val_accuracy", [0.5, 0.7, 0.7, 0.6, 0.9], 2, 4),
         ("val_loss", [0.5, 0.7, 0.4, 0.6, 0.45, 0.3], 3, 5),
         ("val_loss", [3.0, 2.0, 1.0], 3, None),
+        ("val_loss", [math.nan, 2.0, 1.0], 3, None),
+        ("val_loss", [2.0, math.nan, math.nan], 1, 3),
     ],
 )
 def test_best_and_early_stopping_follow_the_metric(metric, values, best, stopped_after):

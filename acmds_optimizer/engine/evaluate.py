@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class Best:
         if value is None:
             return False
         sign = -1 if self.metric.endswith("loss") else 1
-        better = self.value is None or sign * value > sign * self.value
+        better = not math.isnan(value) and (self.value is None or sign * value > sign * self.value)
         if better:
             self.value, self.epoch, self.epochs_since = value, epoch, 0
         else:
