@@ -198,10 +198,14 @@ def costs(study: StudyRecord, trial: TrialRecord) -> tuple[float, ...]:
 def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
     """Positions of the points that no other beats: is nowhere worse than, and somewhere better. Less is better."""
 
-    def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-        return all(a <= b for a, b in zip(one, other, strict=True)) and one != other
-
-    return [i for i, point in enumerate(points) if not any(beats(other, point) for other in points)]
+    front: dict[tuple[float, ...], list[int]] = {}
+    for i in sorted(range(len(points)), key=points.__getitem__):  # what beats a point comes before it
+        point = points[i]
+        if point in front:
+            front[point].append(i)
+        elif not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in front):
+            front[point] = [i]
+    return sorted(i for alike in front.values() for i in alike)
 
 
 def front_of(study: StudyRecord) -> list[TrialRecord]:
@@ -237,11 +241,11 @@ def choose_best(study: StudyRecord, stages: Sequence[str] | None = None) -> Tria
     return next((trial for trial in study.trials if chosen is not None and trial.number == chosen.number), None)
 
 
-def ranked(study: StudyRecord, stages: Sequence[str] | None = None) -> list[TrialRecord]:
-    """The feasible candidates (or the feasible trials of `stages`), each the best of those that come after it."""
+def ranked(study: StudyRecord, stages: Sequence[str] | None = None, most: int | None = None) -> list[TrialRecord]:
+    """The feasible candidates (or those of `stages`), each the best of those that come after it; `most` at most."""
     left = study.feasible if stages is None else [trial for trial in study.of_stages(stages) if trial.feasible]
-    result = []
-    while (best := _nearest_to_ideal(study, left)) is not None:
+    result: list[TrialRecord] = []
+    while (most is None or len(result) < most) and (best := _nearest_to_ideal(study, left)) is not None:
         result.append(best)
         left = [trial for trial in left if trial is not best]
     return result

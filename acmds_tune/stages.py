@@ -134,7 +134,7 @@ def _train(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defaul
     if _running(rows, "screen"):
         return Wait()
     screened = [row for row in rows if row.stage == "screen"]
-    order = ranked(replace(study, trials=screened), stages=("screen",))
+    order = ranked(replace(study, trials=screened), stages=("screen",), most=space.trials)
     first = screened[0]
     chosen = [first, *(row for row in order if row is not first)][: space.trials]
     for row in chosen:
@@ -244,7 +244,7 @@ def _confirm(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defa
     """The best trials and what they are compared with, each on the same seeds."""
     if not space.confirm.top:
         return None
-    chosen = ranked(study)[: space.confirm.top]
+    chosen = ranked(study, most=space.confirm.top)
     candidates: list[tuple[str, dict[str, Any], dict[str, Any]]]
     candidates = [(f"trial {row.number}", searched(space, row), {}) for row in chosen]
     if DEFAULT in space.baselines:

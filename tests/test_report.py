@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -276,6 +277,14 @@ def test_of_two_trials_at_the_ends_of_the_front_the_first_objective_decides(tmp_
 
 def test_the_front_is_what_no_other_point_beats() -> None:
     assert pareto_front([(1, 4), (2, 2), (3, 3), (4, 1), (2, 2), (5, 1)]) == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_the_front_of_many_points_is_that_of_every_pair_compared(objectives: int) -> None:
+    rng = random.Random(objectives)
+    points = [tuple(rng.randrange(6) for _ in range(objectives)) for _ in range(60)]
+    slow = [i for i, p in enumerate(points) if not any(q != p and all(a <= b for a, b in zip(q, p)) for q in points)]
+    assert pareto_front(points) == slow
 
 
 def test_the_worst_trials_are_those_with_most_errors_then_the_slowest(study: Study) -> None:

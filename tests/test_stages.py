@@ -254,6 +254,7 @@ def test_a_confirmed_best_is_chosen_by_its_mean_over_the_seeds() -> None:
     assert found.deviations is not None
     assert found.deviations[0] == pytest.approx(0.5**0.5)
     assert [each.number for each in ranked(study)] == [0, 1, 2]
+    assert [each.number for each in ranked(study, most=2)] == [0, 1]
 
 
 def test_a_winner_that_is_infeasible_with_another_seed_is_out() -> None:
