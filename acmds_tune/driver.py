@@ -68,6 +68,8 @@ class Driver:
         self._display = display
         self._running: dict[int, _Running] = {}
         self._durations: list[float] = []
+        self._unwritten = False
+        """A trial has ended that is not in the tables yet."""
         self._failures: list[str] | None = []  # reasons of the failed trials while no other has ended
         minutes = space.budget.minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
@@ -123,6 +125,7 @@ class Driver:
 
     def heard(self, number: int, progress: Mapping[str, Any] | None) -> None:
         """A running trial is alive, perhaps with a progress report."""
+        self._write()
         if progress is not None:
             self._display.progressed(number, progress)
             if self.study.should_prune(number, progress):
@@ -140,7 +143,11 @@ class Driver:
             request_stop(self.study.trial_directory(number), reason)
 
     def ended(self, number: int, ended: Ended, progress: Mapping[str, Any] | None = None) -> None:
-        """A trial is over, perhaps with a last progress report: write its row, all tables, and best.json."""
+        """A trial is over, perhaps with a last progress report: tell the study.
+
+        All tables and best.json are written once another trial runs, which need not wait for them.
+        """
+        self._write()
         if progress is not None:
             self.study.should_prune(number, progress)  # too late for it, but others are compared with it
         running = self._running.pop(number)
@@ -152,7 +159,14 @@ class Driver:
             self._durations.append(time.monotonic() - running.started)
             self._give_up_if_all_fail(status, ended.reason)
         self._display.ended(number, status, replace(ended, reason=self.study.reason(number)))
-        write_data(self.study.directory)
+        self._unwritten = True
+        if self.done:
+            self._write()
+
+    def _write(self) -> None:
+        if self._unwritten:
+            self._unwritten = False
+            write_data(self.study.directory, self.study.record())
 
     def abandon(self) -> None:
         """Give up the trials that run: they are rows that do not count, and are tried again when it is resumed."""

@@ -265,12 +265,12 @@ def write_importances(study_dir: Path, shares: Mapping[str, Mapping[str, float]]
     write_atomically(study_dir / "importance.csv", _csv(["objective", "setting", "share"], rows))
 
 
-def write_data(study_dir: str | Path) -> None:
+def write_data(study_dir: str | Path, study: StudyRecord | None = None) -> None:
     """Write the tables and, where a trial is feasible, best.json: all that others read, but not the page.
 
     Cheap enough to be called after each trial, so that whatever ends the search, what it found is there.
     """
-    study = load_study(study_dir)
+    study = study or load_study(study_dir)
     write_tables(study_dir, study)
     if study.feasible:
         write_best(study_dir, study)

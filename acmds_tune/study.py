@@ -5,13 +5,15 @@ Here a proposal becomes settings to train with, and an end becomes what the samp
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
@@ -73,6 +75,38 @@ class Proposal:
     """What runs it; None: as all others."""
 
 
+class _Journal(JournalFileBackend):
+    """A journal that can wait for the disk once for many lines: for each one it takes milliseconds."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writers = JournalFileSymlinkLock(str(path))
+        self._waits = True
+        super().__init__(str(path), lock_obj=self._writers)
+
+    @contextmanager
+    def one_wait(self) -> Iterator[None]:
+        """Lines written within this context are for others to read at once, and on the disk at its end."""
+        self._waits = False
+        try:
+            yield
+        finally:
+            self._waits = True
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._waits:
+            super().append_logs(logs)
+            return
+        self._writers.acquire()
+        try:
+            with self._path.open("ab") as file:
+                file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
+        finally:
+            self._writers.release()
+
+
 class SearchStudy:
     """Proposes trials and learns from their ends. One process at a time holds a study.
 
@@ -80,19 +114,21 @@ class SearchStudy:
         directory: folder of the study.
         space: what is searched.
         study: the Optuna study in the folder's journal.
+        journal: that journal.
         lock: open descriptor that holds the folder for this process.
     """
 
-    def __init__(self, directory: Path, space: Space, study: optuna.Study, lock: int) -> None:
+    def __init__(self, directory: Path, space: Space, study: optuna.Study, journal: _Journal, lock: int) -> None:
         self.directory = directory
         self.space = space
         self._study = study
+        self._journal = journal
         self._sampled = OnlySampled(study)
         self._lock = lock
         self._running: dict[int, optuna.trial.Trial] = {}
         self.enough = False
         """The sampler is asked for no more, because the time that is left is needed for the later stages."""
-        self._step: tuple[Step, tuple[int, int, bool]] | None = None
+        self._step: tuple[Step, int, tuple[int, int, bool]] | None = None
         self._requirements: list[Requirement] = [parse_requirement(text) for text in space.requires]
         self._default = self._allowed(default_values(space), derived_seed(space.seed, -(2**32)))
         self._plant: Plant | None = None
@@ -124,9 +160,10 @@ class SearchStudy:
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
         sampler = new_sampler(space, derived_seed(space.seed, 0))
         lock = hold(directory)
+        journal = _Journal(directory / JOURNAL)
         study = optuna.create_study(
             study_name=space.name,
-            storage=_storage(directory),
+            storage=JournalStorage(journal),
             directions=[objective.direction for objective in space.objective],
             sampler=sampler,
             pruner=new_pruner(space),
@@ -145,7 +182,7 @@ class SearchStudy:
             "import_path": [entry or str(Path.cwd()) for entry in sys.path],
         }
         study.set_user_attr("acmds", about)
-        self = cls(directory, space, study, lock)
+        self = cls(directory, space, study, journal, lock)
         study.enqueue_trial(self._default, user_attrs={"label": DEFAULT})
         for folder in space.warm_start:
             self.learn_from(Path(folder))
@@ -161,7 +198,7 @@ class SearchStudy:
             ConfigError: there is no study in `other`.
         """
         theirs, about = load_study(other), read_about(other)
-        for row in ranked(theirs)[:WARM_STARTS]:
+        for row in ranked(theirs, most=WARM_STARTS):
             values = {name: row.config[name] for name in self._order if name in row.config}
             values = {name: value for name, value in values.items() if contains(self.space.search[name], value)}
             if values:
@@ -220,12 +257,13 @@ class SearchStudy:
                 str(directory),
                 [*differences, "a changed search is another study: give it another --name, or undo the change"],
             )
-        study = optuna.load_study(study_name=about["name"], storage=_storage(directory), pruner=new_pruner(space))
+        journal = _Journal(directory / JOURNAL)
+        study = optuna.load_study(study_name=about["name"], storage=JournalStorage(journal), pruner=new_pruner(space))
         started = sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         study.set_user_attr("acmds", {**about, "space": space.model_dump(mode="json")})
         # the same seed would propose the same points again
         study.sampler = new_sampler(space, derived_seed(space.seed, -1 - started))
-        self = cls(directory, space, study, lock)
+        self = cls(directory, space, study, journal, lock)
         self._end_interrupted()
         for row in self.record().of_stages(("plant",)):
             self._plant = self._plant or read_plant(self.trial_directory(row.number) / PLANT_FILE)
@@ -252,16 +290,21 @@ class SearchStudy:
 
     def next_step(self) -> Step:
         """What `propose` would start."""
+        return self._next()[0]
+
+    def _next(self) -> tuple[Step, int]:
+        """The next step, and how many trials of the first stages are left; kept, since it is asked ten times a second."""
         if self._screening is not None and self.record().of_stages(SAMPLED):  # the defaults need not wait for it
             if self._running and not self._screening.done():
-                return Wait()
+                return Wait(), left(self.space, self.record())
             for values in self._screening.result():
                 self._study.enqueue_trial(values, user_attrs={"label": FROM_PLANT})
             self._screening = None
         seen = (len(self._study.get_trials(deepcopy=False)), len(self._running), self.enough)
-        if self._step is None or self._step[1] != seen:
-            self._step = next_step(self.space, self.record(), self._default, self.enough), seen
-        return self._step[0]
+        if self._step is None or self._step[2] != seen:
+            now = self.record()
+            self._step = next_step(self.space, now, self._default, self.enough), left(self.space, now), seen
+        return self._step[:2]
 
     def _allowed(self, values: dict[str, Any], seed: int) -> dict[str, Any]:
         """`values`, or the nearest configuration that fulfils `requires`."""
@@ -294,12 +337,17 @@ class SearchStudy:
     @property
     def missing(self) -> int:
         """Trials still to be started; of the stages after the search only whether there are any."""
-        if self.next_step() is None:
-            return left(self.space, self.record()) if self.enough else 0
-        return max(1, left(self.space, self.record()))
+        step, to_start = self._next()
+        if step is None:
+            return to_start if self.enough else 0
+        return max(1, to_start)
 
     def propose(self) -> Proposal:
         """What `next_step` says, or one more from the sampler. It must be given to `finish` some time."""
+        with self._journal.one_wait():
+            return self._propose()
+
+    def _propose(self) -> Proposal:
         step = self.next_step()
         self._step = None
         if isinstance(step, Extra):
@@ -394,6 +442,10 @@ class SearchStudy:
             The trial's status: that of `ended`, or `infeasible` where it ended well but broke a constraint or has
             no value of an objective.
         """
+        with self._journal.one_wait():
+            return self._finish(number, ended, interrupted=interrupted)
+
+    def _finish(self, number: int, ended: Ended, *, interrupted: bool) -> str:
         trial = self._running.pop(number)
         figures = {**ended.figures, "seconds": ended.seconds}
         violations = [constraint.violation(figures.get(constraint.figure)) for constraint in self._constraints]

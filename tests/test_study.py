@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,19 @@ def test_defaults_are_moved_into_the_space(space: Callable[..., Space]) -> None:
         "  effective_batch_size: {low: 64, high: 128}\n"
     )
     assert default_values(space(text)) == {"max_batch_size": 100, "min_batch_size": 5, "lr": 0.1, "optimizer": "sgd"}
+
+
+def test_a_proposal_and_an_end_each_wait_once_for_the_disk(
+    create: Callable[..., SearchStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, waits, real = create(), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: waits.append(real(descriptor)))
+    number = study.propose().number
+    assert len(waits) == 1
+    study.finish(number, OK)
+    assert len(waits) == 2
+    (trial,) = trials(study)
+    assert trial.state == TrialState.COMPLETE
 
 
 def test_a_setting_whose_condition_is_not_met_is_not_proposed(create: Callable[..., SearchStudy]) -> None:
