@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,22 @@ def test_cifar_keeps_its_own_test_images_for_validation(monkeypatch):
     assert (len(data.train), len(data.val), data.num_classes, data.class_names) == (4, 2, 2, ["plane", "car"])
     assert data.train.images[0, :, 5, 5].tolist() == [1, 2, 3]
     assert (data.image_shape, data.crop, data.flip) == ((3, 32, 32), "pad", True)
+
+
+def test_the_files_of_cifar_are_summed_up_once_a_start(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        content = {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0, 9]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    summed = []
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.check_integrity", lambda path, _md5: bool(summed.append(Path(path).name) or True)
+    )
+    data = load("cifar10", data_dir=str(tmp_path))
+    assert (len(data.train), len(data.val)) == (10, 2)
+    assert len([name for name in summed if name != "batches.meta"]) == 6
 
 
 # --- folders

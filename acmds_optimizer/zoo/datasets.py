@@ -137,15 +137,25 @@ def _cifar(config: TrainConfig) -> DataBundle:
     """CIFAR-10 or -100 through torchvision; the test images are the validation set."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    source = CIFAR10 if config.dataset == "cifar10" else CIFAR100
+    stored_set: Any = CIFAR10 if config.dataset == "cifar10" else CIFAR100
+
+    class Source(stored_set):
+        """Torchvision's, which sums up all files twice for the training images and twice for the others."""
+
+        whole = False
+
+        def _check_integrity(self) -> bool:
+            Source.whole = Source.whole or super()._check_integrity()
+            return Source.whole
+
     parts = []
     for train in (True, False):
         try:
-            stored = source(config.data_dir, train=train, download=True)
+            stored = Source(config.data_dir, train=train, download=True)
         except (OSError, RuntimeError, EOFError) as error:
             raise DataError(
                 f"{config.dataset} could not be downloaded into {Path(config.data_dir).resolve()}: {error}. Check the "
-                f"network and that the folder can be written, or put {source.filename} there yourself"
+                f"network and that the folder can be written, or put {Source.filename} there yourself"
             ) from error
         pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
         parts.append(TensorImages(pixels, stored.targets, list(stored.classes)))
