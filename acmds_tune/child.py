@@ -124,7 +124,8 @@ class TrialProcess:
         lifeline, self._lifeline = context.Pipe(duplex=False)  # its other end closes when this process ends
         self._process = context.Process(target=_main, args=(task, send, lifeline), name=f"trial-{task.number}")
         with _main_module_hidden():
-            self._process.start()
+            self._process.start()  # the first one returns when the fork server has imported torch
+        self._began = time.monotonic()
         send.close()
         lifeline.close()
 
@@ -167,7 +168,7 @@ class TrialProcess:
             self._finish(self._death())
         elif now > self._stop_deadline:
             self._finish(self._so_far("stopped", self._stop_reason))
-        elif self.task.trial_timeout_s is not None and now - self._started > self.task.trial_timeout_s:
+        elif self.task.trial_timeout_s is not None and now - self._began > self.task.trial_timeout_s:
             self._finish(self._so_far("timeout", f"had not ended after {self.task.trial_timeout_s:g} s"))
         elif self.task.silence_timeout_s is not None and now - self._heard > self._silence_s:
             self._finish(self._so_far("timeout", f"gave no sign of progress for {self.task.silence_timeout_s:g} s"))

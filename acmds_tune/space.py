@@ -171,7 +171,7 @@ class Timeouts(_Model):
     """When a trial is taken for hung and killed."""
 
     trial: Annotated[float, Gt(0)] | None = None
-    """Seconds a trial, everything included."""
+    """Seconds a trial, from the start of its process to its end."""
 
     silence: Annotated[float, Gt(0)] = 300.0
     """Seconds without a sign of progress."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +116,14 @@ def test_a_trial_that_takes_too_long_is_killed_although_it_reports(start: Callab
     ended = end_of(start("goes_on", trial_timeout_s=0.5, silence_timeout_s=30.0))
     assert (ended.status, ended.reason) == ("timeout", "had not ended after 0.5 s")
     assert ended.figures["steps"] > 1
+
+
+def test_the_time_of_a_trial_begins_when_the_fork_server_has_started_it(start: Callable[..., TrialProcess]) -> None:
+    end_of(start("ok"))
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGSTOP)  # as while it imports PyTorch
+    threading.Timer(1.0, os.kill, (server, signal.SIGCONT)).start()
+    assert end_of(start("ok", trial_timeout_s=0.8)).status == "ok"
 
 
 def test_a_trial_that_holds_more_host_memory_than_it_may_is_ended(
