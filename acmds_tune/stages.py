@@ -90,7 +90,7 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
     if space.anchor_every and sampled:
         due = sum(row.status != "running" for row in sampled[1:]) // space.anchor_every
         if _count(rows, "anchor") < due and not _tried_enough(study, "anchor", DEFAULT, None):
-            return Extra("anchor", DEFAULT, default, seed=sampled[0].seed)
+            return Extra("anchor", DEFAULT, default, seed=_first(sampled).seed)
     if len(sampled) < wanted and not (enough and sampled):
         return Sample(stage)
     agenda = (_train, _baselines, _confirm)
@@ -135,7 +135,7 @@ def _train(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defaul
         return Wait()
     screened = [row for row in rows if row.stage == "screen"]
     order = ranked(replace(study, trials=screened), stages=("screen",), most=space.trials)
-    first = screened[0]
+    first = _first(screened)
     chosen = [first, *(row for row in order if row is not first)][: space.trials]
     for row in chosen:
         label = f"trial {row.number}"
@@ -275,6 +275,11 @@ def searched(space: Space, row: TrialRecord) -> dict[str, Any]:
 def objectives(space: Space) -> tuple[Objective, ...]:
     """What the space searches for, as records have it."""
     return tuple(Objective(goal.name, goal.direction) for goal in space.objective)
+
+
+def _first(sampled: Sequence[TrialRecord]) -> TrialRecord:
+    """The trial of the defaults: not the first one where that was interrupted."""
+    return next((row for row in sampled if row.label == DEFAULT), sampled[0])
 
 
 def _count(rows: Sequence[TrialRecord], stage: str) -> int:

@@ -117,6 +117,23 @@ def test_the_best_of_short_trials_are_trained_in_full_with_their_own_seeds_and_t
     assert [each.seed for each in trained[1:]] == [each.seed for each in others]
 
 
+def test_the_defaults_are_trained_in_full_also_where_their_first_short_trial_was_interrupted(
+    space: Callable[[str], Space], tmp_path: Path
+) -> None:
+    text = TEXT.replace("trials: 4", "trials: 2") + "screen: {trials: 4}\nanchor_every: 3\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    for proposal in reversed([study.propose(), study.propose()]):  # side by side
+        study.finish(proposal.number, Ended("stopped", "the search was interrupted"), interrupted=True)
+    while study.missing:
+        proposal = study.propose()
+        study.finish(proposal.number, speed_of_lr(proposal))
+    rows = study.record()
+    (default,) = [row for row in rows.of_stages(("screen",)) if row.label == "default" and not row.interrupted]
+    assert default.number == 3
+    assert rows.of_stages(("train",))[0].label == "trial 3"
+    assert [row.seed for row in rows.of_stages(("anchor",))] == [default.seed]
+
+
 def test_the_best_is_a_trial_with_the_whole_budget_never_a_short_one(run: Callable[..., Any]) -> None:
     study, _ = run(TEXT.replace("trials: 4", "trials: 2") + "screen: {trials: 5}\n", speed_of_lr)
     best = choose_best(load_study(study.directory))
