@@ -108,7 +108,7 @@ class Confirmation:
     Attributes:
         label: `trial 7`, `default`, `fixed batch 128`.
         trials: its runs.
-        means: one an objective; None where a run has no value.
+        means: one an objective; None where a run did not come to its end, or has no value.
         deviations: sample standard deviations, 0 for one run.
     """
 
@@ -134,7 +134,13 @@ def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
     for label, trials in runs.items():
         if len(trials) < most:
             continue
-        values = [trial.values for trial in trials if trial.values is not None]
+        # what was told of a run that ended badly, or of a figure that was not measured, is no result
+        values = [
+            trial.values
+            for trial in trials
+            if trial.values is not None and trial.status in DONE
+            and all(trial.figures.get(objective.name, 0.0) is not None for objective in study.objectives)
+        ]  # fmt: skip
         means = deviations = None
         if len(values) == len(trials):
             columns = list(zip(*values, strict=True))

@@ -207,7 +207,8 @@ def tiles(study: StudyRecord, best: TrialRecord, baseline: TrialRecord | None) -
 def _mean_speed(study: StudyRecord, label: str) -> tuple[int, float, float] | None:
     """(runs, mean, standard deviation) of the confirmation's throughput; None where there is none."""
     found = confirmations(study).get(label)
-    speeds = [speed for trial in found.trials if (speed := trial.figures.get("samples_per_second"))] if found else []
+    runs = [trial for trial in found.trials if trial.status in DONE] if found else []
+    speeds = [speed for trial in runs if (speed := trial.figures.get("samples_per_second"))]
     if len(speeds) < 2:
         return None
     return len(speeds), statistics.fmean(speeds), statistics.stdev(speeds)

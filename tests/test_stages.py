@@ -34,6 +34,7 @@ from acmds_tune.records import (
     Objective,
     StudyRecord,
     TrialRecord,
+    against_baselines,
     busy_share,
     choose_best,
     confirmations,
@@ -280,6 +281,20 @@ def test_a_winner_that_is_infeasible_with_another_seed_is_out() -> None:
     assert best is not None
     assert best.number == 1
     assert choose_best(study_of(trial(0, 10.0), refuted)) is None
+
+
+def test_a_baseline_that_died_with_one_seed_has_no_mean_to_be_compared_with(run: Callable[..., Any]) -> None:
+    def end(proposal: Proposal) -> Ended:
+        if proposal.stage == "confirm" and proposal.label == "default" and proposal.number == 5:
+            return Ended("crashed", "its process died", {"samples_per_second": 1.0}, 1.0)
+        return speed_of_lr(proposal)
+
+    study, started = run(TEXT + "baselines: [default]\nconfirm: {top: 1, seeds: 2}\n", end)
+    assert [each.label for each in started[4:]] == [started[4].label, "default"] * 2
+    found = confirmations(study.record())
+    assert found["default"].means is None
+    assert found[started[4].label].means is not None
+    assert against_baselines(study.record()) == {}
 
 
 def test_baselines_and_confirmations_are_never_the_best() -> None:
