@@ -154,11 +154,13 @@ class SearchStudy:
         """Start a study in the new folder `directory`. `fixed` is what `--set` added to the file.
 
         Raises:
-            ConfigError: the folder exists, or cannot be made.
+            ConfigError: the folder exists, or cannot be made; there is no study to warm up with, or no such sampler.
         """
+        sampler = new_sampler(space, derived_seed(space.seed, 0))
+        for folder in space.warm_start:
+            read_about(Path(folder))
         make_new(directory)
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
-        sampler = new_sampler(space, derived_seed(space.seed, 0))
         lock = hold(directory)
         journal = _Journal(directory / JOURNAL)
         study = optuna.create_study(

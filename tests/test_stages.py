@@ -623,6 +623,16 @@ def test_a_sampler_whose_package_is_missing_is_refused_before_there_is_a_study(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install cmaes"):
         run(TEXT + "sampler: cmaes\n", speed_of_lr)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_warm_start_that_is_no_study_is_refused_before_there_is_a_study(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: 1 problem\\n  is not the folder of a study"):
+        run(TEXT + f"warm_start: ['{tmp_path / 'empty'}']\n", speed_of_lr)
+    assert not (tmp_path / "s").exists()
 
 
 def test_the_page_shows_the_best_by_the_mean_of_its_confirmation_and_not_by_the_run_that_chose_it() -> None:
