@@ -194,7 +194,8 @@ def _add_backend(command: argparse.ArgumentParser) -> None:
 
 def _search(arguments: argparse.Namespace) -> int:
     fixed = dict(_pair(text) for text in arguments.set)
-    space = load(arguments.file, overrides={"name": arguments.name, "trials": arguments.trials}, fixed=fixed)
+    overrides = {"name": arguments.name, "trials": arguments.trials}
+    space = load(arguments.file, overrides=overrides, fixed=fixed, resumed=arguments.resume)
     directory = arguments.results_dir / space.name
     yaml_text = arguments.file.read_text(encoding="utf-8")
     return _run(arguments, space, directory, yaml_text, fixed, resume=arguments.resume)
@@ -223,7 +224,7 @@ def _go_on(arguments: argparse.Namespace, trials: Callable[[int], int]) -> int:
 
     about = read_about(arguments.directory)
     overrides = {"name": about["name"], "trials": trials(about["space"]["trials"])}
-    space = load(arguments.directory / "study.yaml", overrides=overrides, fixed=about["set"])
+    space = load(arguments.directory / "study.yaml", overrides=overrides, fixed=about["set"], resumed=True)
     return _run(arguments, space, arguments.directory, about["yaml"], about["set"], resume=True)
 
 

@@ -143,7 +143,8 @@ def import_study(directory: Path, source: Path) -> int:
 
     about = read_about(directory)
     overrides = {"name": about["name"], "trials": about["space"]["trials"]}
-    study = SearchStudy.resume(directory, load(directory / "study.yaml", overrides=overrides, fixed=about["set"]))
+    space = load(directory / "study.yaml", overrides=overrides, fixed=about["set"], resumed=True)
+    study = SearchStudy.resume(directory, space)
     try:
         count = study.learn_from(source)
     finally:

@@ -38,7 +38,11 @@ from acmds_tune.space_yaml import Source, read
 
 
 def load(
-    path: str | Path, *, overrides: Mapping[str, Any] | None = None, fixed: Mapping[str, str] | None = None
+    path: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, str] | None = None,
+    resumed: bool = False,
 ) -> Space:
     """Read and check a search-space file.
 
@@ -46,6 +50,7 @@ def load(
         path: the YAML file.
         overrides: top-level keys that replace those of the file (name, trials), from the command line.
         fixed: fixed settings that are added or replaced, from `--set`; values as YAML text.
+        resumed: a study of it exists, and has taken from others what it was to begin with; these may be gone.
 
     Raises:
         ConfigError: listing every problem at once, each with its line, key and nearest valid key.
@@ -56,6 +61,9 @@ def load(
     values.update({key: value for key, value in (overrides or {}).items() if value is not None})
     _apply_set(values, fixed or {}, source)
     space = _validate(values, source)
+    for index, folder in enumerate(() if resumed else space.warm_start):
+        if not Path(folder).is_dir():
+            source.complain(("warm_start", index), f"{folder!r}: no such folder")
     source.raise_if_any()
     return space
 
@@ -381,9 +389,6 @@ def _check_stages(space: Space, source: Source) -> None:
         )
     if len(set(space.baselines)) < len(space.baselines):
         source.complain(("baselines",), "the same one twice")
-    for index, folder in enumerate(space.warm_start):
-        if not Path(folder).is_dir():
-            source.complain(("warm_start", index), f"{folder!r}: no such folder")
 
 
 def _check_corners(space: Space, source: Source) -> None:

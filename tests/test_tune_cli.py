@@ -217,6 +217,21 @@ def test_import_makes_another_studys_trials_known(
     assert main(["import", str(study), str(study.parent)]) == 2
 
 
+def test_a_study_is_resumed_though_the_one_that_it_began_with_is_gone(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXT + f"warm_start: ['{study}']\n"
+    (tmp_path / "later.yaml").write_text(text, encoding="utf-8")
+    SearchStudy.create(tmp_path / "later", load(tmp_path / "later.yaml"), text, {}).close()
+    study.rename(tmp_path / "elsewhere")
+    resumed = []
+    nothing = SearchResult(tmp_path, None, "", 0)
+    monkeypatch.setattr(search, "run_search", lambda space, *_, **__: resumed.append(space) or nothing)
+    assert main(["resume", str(tmp_path / "later")]) == 1
+    assert [space.warm_start for space in resumed] == [[str(study)]]
+    assert main(["validate", str(tmp_path / "later.yaml")]) == 2
+
+
 def test_validate_checks_a_file_without_starting_anything(space_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", str(space_file)]) == 0
     assert "searches 1 settings to maximize samples_per_second, about 2 trials" in capsys.readouterr().out
