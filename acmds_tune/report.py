@@ -277,11 +277,12 @@ def write_data(study_dir: str | Path, study: StudyRecord | None = None) -> None:
 
 
 def write_best(study_dir: str | Path, study: StudyRecord | None = None) -> TrialRecord | None:
-    """Write best.json and return the best trial. Where no trial is feasible: write nothing, warn why, return None."""
+    """Write best.json and return the best trial. Where none can be the best: no best.json, warn why, return None."""
     study_dir = Path(study_dir)
     study = study or load_study(study_dir)
     best = choose_best(study)
     if best is None:
+        (study_dir / "best.json").unlink(missing_ok=True)  # of a trial that its confirmation has refuted since
         logger.warning("no best.json: %s", why_no_best(study))
         return None
     assert best.values is not None

@@ -40,7 +40,7 @@ from acmds_tune.records import (
     confirmations,
     ranked,
 )
-from acmds_tune.report import load_study
+from acmds_tune.report import load_study, write_data
 from acmds_tune.report_text import plant_words, tiles
 from acmds_tune.requires import draw, nearest_allowed, parse_requirement
 from acmds_tune.space import Space
@@ -295,6 +295,17 @@ def test_a_baseline_that_died_with_one_seed_has_no_mean_to_be_compared_with(run:
     assert found["default"].means is None
     assert found[started[4].label].means is not None
     assert against_baselines(study.record()) == {}
+
+
+def test_best_json_goes_where_the_confirmation_refutes_the_only_trial(
+    space: Callable[[str], Space], tmp_path: Path
+) -> None:
+    text = TEXT.replace("trials: 4", "trials: 1") + "confirm: {top: 1, seeds: 1}\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    for errors, there in ((0, True), (3, False)):
+        study.finish(study.propose().number, Ended("ok", "finished", figures(oom_events=errors), 1.0))
+        write_data(study.directory)
+        assert (study.directory / "best.json").is_file() == there
 
 
 def test_baselines_and_confirmations_are_never_the_best() -> None:
