@@ -25,7 +25,8 @@ def show(directory: Path, trial: int | None) -> int:
     found = next((row for row in study.trials if row.number == trial), None)
     if found is None:
         numbers = [row.number for row in study.trials]
-        raise ConfigError(str(directory), [f"has no trial {trial}; its trials are {min(numbers)} to {max(numbers)}"])
+        there = f"its trials are {min(numbers)} to {max(numbers)}" if numbers else "none was started"
+        raise ConfigError(str(directory), [f"has no trial {trial}; {there}"])
     print(f"trial {found.number} of {study.name}: {found.stage} {found.label}".rstrip())
     print(f"status: {found.status} ({found.reason})")
     for name, value in found.figures.items():

@@ -196,6 +196,14 @@ def test_show_prints_all_trials_or_one(compared: Path, capsys: pytest.CaptureFix
     assert "has no trial 99; its trials are 0 to 8" in capsys.readouterr().err
 
 
+def test_a_study_without_a_trial_has_none_to_show(
+    space_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SearchStudy.create(tmp_path / "new", load(space_file), TEXT, {}).close()
+    assert main(["show", str(tmp_path / "new"), "0"]) == 2
+    assert "has no trial 0; none was started" in capsys.readouterr().err
+
+
 def test_compare_prints_what_differs_between_the_best_of_two_studies(
     compared: Path, study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
