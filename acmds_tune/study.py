@@ -197,14 +197,20 @@ class SearchStudy:
             How many trials of it are known here now.
 
         Raises:
-            ConfigError: there is no study in `other`.
+            ConfigError: there is no study in `other`, or it is this one.
         """
-        theirs, about = load_study(other), read_about(other)
+        other = other.resolve()
+        if other == self.directory.resolve():
+            raise ConfigError(str(other), ["is the same study; its trials are known to it"])
+        theirs, about, ours = load_study(other), read_about(other), self._study.get_trials(deepcopy=False)
+        label = f"from {theirs.name}"
+        tried = [each.system_attrs.get("fixed_params") for each in ours if each.user_attrs.get("label") == label]
+        taken = {each.user_attrs.get("earlier_trial") for each in ours if each.user_attrs.get("earlier") == str(other)}
         for row in ranked(theirs, most=WARM_STARTS):
             values = {name: row.config[name] for name in self._order if name in row.config}
             values = {name: value for name, value in values.items() if contains(self.space.search[name], value)}
-            if values:
-                self._study.enqueue_trial(values, user_attrs={"label": f"from {theirs.name}"})
+            if values and values not in tried:
+                self._study.enqueue_trial(values, user_attrs={"label": label})
         differences = space_differences(about.get("fingerprint", {}), fingerprint(self.space))
         if differences:
             logger.warning(
@@ -216,13 +222,13 @@ class SearchStudy:
         for row in theirs.of_stages(SAMPLED[-1:]):
             params = searched(self.space, row)
             fits = all(contains(self.space.search[name], value) for name, value in params.items())
-            if row.status not in DONE or row.values is None or not fits:
+            if row.status not in DONE or row.values is None or not fits or row.number in taken:
                 continue
             known = optuna.trial.create_trial(
                 params=params,
                 distributions={name: distribution(self.space.search[name]) for name in params},
                 values=list(row.values),
-                user_attrs={"earlier": str(other)},
+                user_attrs={"earlier": str(other), "earlier_trial": row.number},
                 system_attrs={f"constraints:{index}": value for index, value in enumerate(row.violations)},
             )
             self._study.add_trial(known)

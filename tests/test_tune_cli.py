@@ -225,6 +225,21 @@ def test_import_makes_another_studys_trials_known(
     assert main(["import", str(study), str(study.parent)]) == 2
 
 
+def test_a_study_is_imported_once_and_never_into_itself(
+    study: Path, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def known() -> list[str]:
+        return (study / "journal.log").read_text(encoding="utf-8").splitlines()
+
+    assert main(["import", str(study), str(compared)]) == 0
+    before = len(known())
+    assert main(["import", str(study), str(compared)]) == 0
+    assert "0 trials of" in capsys.readouterr().out.splitlines()[-1]
+    assert len([line for line in known()[before:] if '"op_code":4' in line]) == 0  # no trial was made
+    assert main(["import", str(study), str(study)]) == 2
+    assert "is the same study" in capsys.readouterr().err
+
+
 def test_a_study_is_resumed_though_the_one_that_it_began_with_is_gone(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
