@@ -192,7 +192,9 @@ def _objectives(value: Any, source: Source) -> Any:
         if isinstance(item, dict):
             item = dict(item)
             for old in ("goal", "mode"):  # W&B and Ray
-                if old in item:
+                if old in item and "direction" in item:
+                    source.complain((*path, old), "the same as direction; keep one of them")
+                elif old in item:
                     source.moved((*path, old), (*path, "direction"))
                     item["direction"] = item.pop(old)
             short = {"max": "maximize", "min": "minimize"}
@@ -239,6 +241,8 @@ def _resolve_type(path: KeyPath, parameter: dict[str, Any], source: Source) -> d
             del parameter["type"]
         elif name in TYPES:
             del parameter["type"]
+            if TYPES[name].get("log") and parameter.get("log") is False:
+                source.complain((*path, "log"), f"type {kind} says the opposite; keep one of them")
             for key, item in TYPES[name].items():
                 parameter.setdefault(key, item)
     if isinstance(parameter.get("when"), dict):

@@ -144,6 +144,22 @@ def test_what_means_something_else_is_refused_with_a_hint(problems: Any, text: s
     assert hint in found[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("metric: {name: val_loss, direction: minimize, goal: maximize}\n", "line 1: metric.goal: the same as direction"),
+        ("metric: {name: val_loss, goal: minimize, mode: max}\n", "line 1: metric.mode: the same as direction"),
+    ],
+)
+def test_two_directions_of_one_objective_are_refused(problems: Any, text: str, problem: str) -> None:
+    assert any(problem in each for each in problems(text + "search: {lr: {low: 0.1, high: 0.2}}\n"))
+
+
+def test_a_logarithmic_type_that_is_then_denied_is_refused(problems: Any) -> None:
+    (problem,) = problems("search: {lr: {type: loguniform, low: 0.1, high: 0.2, log: false}}\n")
+    assert "search.lr.log: type loguniform says the opposite" in problem
+
+
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(problems: Any) -> None:
     assert problems(
         "trials: 0\n"
