@@ -218,7 +218,7 @@ def _places(space: Space, gpus: float) -> int:
     if space.device == "cpu":
         return wanted or 1
     each = space.resources.gpus_per_trial
-    fit = int(gpus / each + 1e-6)
+    fit = int(gpus) * int(1 / each + 1e-6) if each < 1 else int(gpus / each + 1e-6)  # no trial has parts of two
     if fit < (wanted or 1):
         needed = (wanted or 1) * each
         raise ResourceError(

@@ -25,7 +25,7 @@ from acmds_tune.driver import ALIKE, INTERRUPTED, OUT_OF_TIME, Driver
 from acmds_tune.local_backend import devices
 from acmds_tune.objective import Ended
 from acmds_tune.progress import Display
-from acmds_tune.ray_backend import _StudySearcher, quiet_ray
+from acmds_tune.ray_backend import _places, _StudySearcher, quiet_ray
 from acmds_tune.search import SearchResult, run_search
 from acmds_tune.space import ResourceError, Resources, Space
 from acmds_tune.space_load import load
@@ -160,6 +160,15 @@ def test_the_local_backend_shares_the_gpus_out(monkeypatch: pytest.MonkeyPatch) 
     assert devices(Space(fixed={"device": "cpu"}, resources=Resources(concurrent_trials=2))) == [None, None]
     with pytest.raises(ResourceError, match="need 8 GPUs, but NVIDIA's driver shows 3 here"):
         devices(Space(fixed={"device": "cuda"}, resources=Resources(gpus_per_trial=4, concurrent_trials=2)))
+
+
+@pytest.mark.parametrize(("each", "gpus", "places"), [(0.4, 2, 4), (0.5, 1, 2), (0.5, 3, 6), (2, 5, 2), (1, 2, 2)])
+def test_ray_has_places_for_as_many_trials_as_fit_on_whole_gpus(
+    tmp_path: Path, each: float, gpus: int, places: int
+) -> None:
+    text = TEXT.replace("device: cpu", "device: cuda") + f"resources: {{gpus_per_trial: {each}}}\n"
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    assert _places(load(tmp_path / "s.yaml"), float(gpus)) == places
 
 
 def test_a_trial_runs_where_the_search_was_started_first(
