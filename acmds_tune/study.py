@@ -135,6 +135,8 @@ class SearchStudy:
         self._screening: Future[list[dict[str, Any]]] | None = None
         """The settings that are best on the plant, until they are enqueued."""
         self._percent: dict[int, int] = {}
+        self._seconds: dict[int, float | None] = {}
+        """What each running trial may train at most."""
         self._constraints = space.parsed_constraints
         self._order = ordered(space.search) or []
         about = study.user_attrs["acmds"]
@@ -413,6 +415,7 @@ class SearchStudy:
         if self._plant is not None and what.objective is None:
             self._predict(trial, self._plant, settings)
         limits = self.space.trial_limits(self.space.screen.share if what.stage == "screen" else 1.0)
+        self._seconds[trial.number] = limits.get("max_seconds", settings.get("max_seconds"))
         trial_settings = {**settings, **limits, "decoded_cache": str(self.directory / CACHE)}
         values |= {name: value for name, value in more.items() if name in self.space.search}
         return Proposal(trial.number, seed, values, trial_settings, what.stage, what.label, what.objective)
@@ -429,7 +432,7 @@ class SearchStudy:
         if self.space.pruner == "none" or self._stage(number) not in SAMPLED:
             return False
         # on a grid, because the pruners compare trials that have a value at exactly the same step
-        percent = _percent(progress, self.space.budget.seconds) // PRUNER_REPORT_PERCENT * PRUNER_REPORT_PERCENT
+        percent = _percent(progress, self._seconds[number]) // PRUNER_REPORT_PERCENT * PRUNER_REPORT_PERCENT
         value = progress.get({"train_loss": "loss"}.get(self.space.objective[0].name, self.space.objective[0].name))
         if value is None or not math.isfinite(value) or percent < self._percent.get(number, 0) + PRUNER_REPORT_PERCENT:
             return False

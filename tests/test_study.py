@@ -366,6 +366,21 @@ def test_a_trial_behind_the_median_of_the_others_is_pruned(create: Callable[...,
     assert run(0.3) is None
 
 
+def test_a_short_trial_is_judged_by_its_own_seconds(create: Callable[..., SearchStudy]) -> None:
+    screen = "screen: {trials: 6}\npruner: median\nbudget: {seconds: 8}\n"
+    study = create(TEXT + screen)
+
+    def judged(speed: float) -> list[int]:
+        number = study.propose().number
+        ticks = [{"step": t, "total_steps": 10**6, "seconds": t / 10, "samples_per_second": speed} for t in range(20)]
+        return [t for t, progress in enumerate(ticks) if study.should_prune(number, progress)]
+
+    for _ in range(4):
+        assert judged(100.0) == []
+        study.finish(max(study._running), OK)
+    assert judged(1.0)[0] == 6  # 30 % of its 2 seconds
+
+
 def test_without_a_measured_value_nothing_is_pruned(create: Callable[..., SearchStudy]) -> None:
     study = create(PRUNED)
     number = study.propose().number
