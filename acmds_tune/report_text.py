@@ -15,7 +15,7 @@ from acmds_tune.plant import agreement
 from acmds_tune.prescreen import comparable, misled
 from acmds_tune.records import DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
 from acmds_tune.report_figures import number
-from acmds_tune.stages import DEFAULT
+from acmds_tune.stages import DEFAULT, SAMPLED
 
 MOST_ROWS = 500
 """Rows of the table of all trials; trials.csv has the rest."""
@@ -140,7 +140,8 @@ def plant_words(study: StudyRecord) -> str:
 
 def anchor_drift(study: StudyRecord) -> str:
     """What the same settings measured over the study."""
-    first, objective = study.trials[0] if study.trials else None, study.objectives[0].name
+    objective = study.objectives[0].name
+    first = next((row for row in study.of_stages(SAMPLED) if row.label == DEFAULT and row.status in DONE), None)
     anchors = [trial for trial in study.of_stages(("anchor",)) if trial.figures.get(objective) is not None]
     before = first.figures.get(objective) if first else None
     if not anchors or not before:
@@ -165,7 +166,7 @@ def flat(environment: Mapping[str, Any]) -> dict[str, str]:
 def default_trial(study: StudyRecord) -> TrialRecord | None:
     """The first trial that ran to its end with the defaults of acmds-train for all searched settings."""
     defaults = to_dict(TrainConfig())
-    for trial in study.trials:
+    for trial in study.candidates:
         if trial.status in DONE and all(trial.config.get(name) == defaults.get(name) for name in study.searched):
             return trial
     return None

@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.baselines import halving
 from acmds_tune.journal import JOURNAL
@@ -41,7 +42,7 @@ from acmds_tune.records import (
     ranked,
 )
 from acmds_tune.report import load_study, write_data
-from acmds_tune.report_text import plant_words, tiles
+from acmds_tune.report_text import anchor_drift, default_trial, plant_words, tiles
 from acmds_tune.requires import draw, nearest_allowed, parse_requirement
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
@@ -644,6 +645,20 @@ def test_a_warm_start_that_is_no_study_is_refused_before_there_is_a_study(
     with pytest.raises(ConfigError, match="empty: 1 problem\\n  is not the folder of a study"):
         run(TEXT + f"warm_start: ['{tmp_path / 'empty'}']\n", speed_of_lr)
     assert not (tmp_path / "s").exists()
+
+
+def test_the_plants_short_runs_are_not_taken_for_the_defaults() -> None:
+    def ran(number: int, speed: float, stage: str, label: str, status: str = "ok") -> TrialRecord:
+        made = trial(number, speed, stage, label, status)
+        return replace(made, figures={"samples_per_second": speed}, config={"lr": TrainConfig().lr})
+
+    rows = (
+        ran(0, 50.0, "plant", "short runs"), ran(1, 10.0, "search", "default", "stopped"),
+        ran(2, 100.0, "search", "default"), ran(3, 102.0, "anchor", "default"),
+    )  # fmt: skip
+    study = replace(study_of(*rows), searched=["lr"])
+    assert default_trial(study) is rows[2]
+    assert "measured +2.0 % against" in anchor_drift(study)
 
 
 def test_the_page_shows_the_best_by_the_mean_of_its_confirmation_and_not_by_the_run_that_chose_it() -> None:
