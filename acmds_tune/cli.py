@@ -224,8 +224,9 @@ def _go_on(arguments: argparse.Namespace, trials: Callable[[int], int]) -> int:
 
     about = read_about(arguments.directory)
     overrides = {"name": about["name"], "trials": trials(about["space"]["trials"])}
-    space = load(arguments.directory / "study.yaml", overrides=overrides, fixed=about["set"], resumed=True)
-    return _run(arguments, space, arguments.directory, about["yaml"], about["set"], resume=True)
+    file = arguments.directory / "study.yaml"
+    space = load(file, overrides=overrides, fixed=about["set"], resumed=True)
+    return _run(arguments, space, arguments.directory, file.read_text(encoding="utf-8"), about["set"], resume=True)
 
 
 def _run(

@@ -121,7 +121,7 @@ def run_search(
     directory = directory.resolve()
     if not resume:
         make_room(directory)
-    study = SearchStudy.resume(directory, space) if resume else None
+    study = SearchStudy.resume(directory, space, yaml_text, fixed) if resume else None
     driver = None
     try:
         with open_backend(backend, space, ray_address) as machine:

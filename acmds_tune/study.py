@@ -26,6 +26,7 @@ from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.files import replacing
 from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
 from acmds_tune.objective import Ended, read_outcome
@@ -238,11 +239,14 @@ class SearchStudy:
         return count
 
     @classmethod
-    def resume(cls, directory: Path, space: Space) -> SearchStudy:
+    def resume(
+        cls, directory: Path, space: Space, yaml_text: str | None = None, fixed: Mapping[str, str] | None = None
+    ) -> SearchStudy:
         """Go on with the study in `directory`, with what its sampler knows.
 
         Trials that were running when the search was killed are finished with their outcome.json if they have one;
-        the others become rows with status `crashed` and their settings are tried once more.
+        the others become rows with status `crashed` and their settings are tried once more. `yaml_text` and `fixed`,
+        the file and `--set` as they are now, are kept in place of those that the study was started with.
 
         Raises:
             ConfigError: there is no study, or `space` differs from what the study was started with.
@@ -250,7 +254,13 @@ class SearchStudy:
         """
         lock = hold(directory)
         try:
-            return cls._resume(directory, space, lock)
+            self = cls._resume(directory, space, lock)
+            if yaml_text is not None:
+                about = self._study.user_attrs["acmds"]
+                self._study.set_user_attr("acmds", {**about, "yaml": yaml_text, "set": dict(fixed or {})})
+                with replacing(directory / "study.yaml") as temporary:
+                    temporary.write_text(yaml_text, encoding="utf-8")
+            return self
         except BaseException:
             os.close(lock)
             raise

@@ -323,6 +323,18 @@ def test_more_trials_and_other_limits_are_not_a_change(
     assert read_about(study.directory)["space"]["trials"] == 8
 
 
+def test_a_file_that_asks_for_more_stages_is_kept_when_the_search_is_resumed(
+    create: Callable[..., SearchStudy], space: Callable[..., Space]
+) -> None:
+    study = create()
+    study.close()
+    text = TEXT + "confirm: {top: 2, seeds: 2}\n"
+    SearchStudy.resume(study.directory, space(text), text, {"val_fraction": "0.1"}).close()
+    about = read_about(study.directory)
+    assert (about["yaml"], about["set"], about["space"]["confirm"]["top"]) == (text, {"val_fraction": "0.1"}, 2)
+    assert (study.directory / "study.yaml").read_text(encoding="utf-8") == text
+
+
 def test_relative_paths_keep_their_meaning_when_a_search_is_resumed_elsewhere(
     create: Callable[..., SearchStudy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
