@@ -207,7 +207,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _extend(arguments: argparse.Namespace) -> int:
     text = arguments.trials
-    if not text.removeprefix("+").isdigit() or int(text) == 0:
+    if not text.removeprefix("+").isdecimal() or int(text) == 0:
         raise ConfigError("command line", [f"--trials {text}: write +20 for 20 more, or 50 for 50 in all"])
 
     def wanted(before: int) -> int:

@@ -135,6 +135,8 @@ def test_a_study_is_extended_by_more_trials_and_never_by_fewer(
     assert asked == [(22, True, "local"), (7, True, "ray")]
     assert main(["extend", str(study), "--trials", "2"]) == 2
     assert "the study has 2 already; write +2?" in capsys.readouterr().err
+    assert main(["extend", str(study), "--trials", "+²"]) == 2
+    assert "write +20 for 20 more" in capsys.readouterr().err
     assert main(["resume", str(study), "--trials", "0"]) == 2
     assert "trials: 0: input should be greater than or equal to 1" in capsys.readouterr().err
 
