@@ -84,6 +84,8 @@ class StudyRecord:
     trials: Sequence[TrialRecord]
     created: str = ""
     yaml: str = ""
+    confirm_seeds: int | None = None
+    """Runs on other seeds that are asked for now; None where not known."""
 
     @property
     def candidates(self) -> list[TrialRecord]:
@@ -124,15 +126,16 @@ class Confirmation:
 
 
 def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
-    """What was run on several seeds, by label: those with as many ended runs as any other has."""
+    """What was run on several seeds, by label: those with as many ended runs as any other has, or as are asked for."""
     runs: dict[str, list[TrialRecord]] = {}
     for trial in study.trials:
         if trial.stage == "confirm" and trial.status != "running" and not trial.interrupted:
             runs.setdefault(trial.label, []).append(trial)
     most = max(map(len, runs.values()), default=0)
+    enough = min(most, study.confirm_seeds or most)  # fewer may be asked for than before
     result = {}
     for label, trials in runs.items():
-        if len(trials) < most:
+        if len(trials) < enough:
             continue
         # what was told of a run that ended badly, or of a figure that was not measured, is no result
         values = [

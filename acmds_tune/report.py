@@ -155,6 +155,7 @@ def record(study: optuna.Study, study_dir: Path) -> StudyRecord:
         trials=tuple(_trial(trial, study_dir) for trial in started),
         created=about.get("created", ""),
         yaml=about.get("yaml", ""),
+        confirm_seeds=about.get("space", {}).get("confirm", {}).get("seeds"),
     )
 
 

@@ -276,6 +276,22 @@ def test_a_confirmed_best_is_chosen_by_its_mean_over_the_seeds() -> None:
     assert [each.number for each in ranked(study, most=2)] == [0, 1]
 
 
+def test_a_trial_that_is_confirmed_on_the_fewer_seeds_now_asked_for_can_be_the_best(
+    run: Callable[..., Any], space: Callable[[str], Space], tmp_path: Path
+) -> None:
+    before, _ = run(TEXT + "confirm: {top: 1, seeds: 3}\n", speed_of_lr)
+    assert max(row.values[0] for row in before.record().trials) < 5000.0
+    fewer = TEXT.replace("trials: 4", "trials: 5") + "confirm: {top: 1, seeds: 2}\n"
+    study = SearchStudy.resume(tmp_path / "s", space(fewer))
+    numbers = []
+    while study.missing:
+        numbers.append(study.propose().number)
+        study.finish(numbers[-1], Ended("ok", "finished", figures() | {"samples_per_second": 5000.0}, 1.0))
+    best = choose_best(study.record())
+    assert best is not None
+    assert (numbers, best.number) == ([7, 8, 9], 7)
+
+
 def test_a_winner_that_is_infeasible_with_another_seed_is_out() -> None:
     refuted = trial(2, 10.0, "confirm", "trial 0", "infeasible")
     best = choose_best(study_of(trial(0, 10.0), trial(1, 9.0), refuted))
