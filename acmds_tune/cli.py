@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.closed_pipe import ends_with_its_reader
 from acmds_optimizer.errors import ACMDSError, ConfigError
-from acmds_tune.journal import make_room
+from acmds_tune.journal import is_unbegun, make_room
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 
@@ -240,7 +240,7 @@ def _run(
 ) -> int:
     if arguments.backend == "local" and arguments.ray_address:
         raise ConfigError("command line", ["--ray-address: does not go with --backend local"])
-    if resume and not directory.exists():
+    if resume and (not directory.exists() or is_unbegun(directory)):
         resume = False
     if not resume:  # before Optuna and Ray are even imported
         make_room(directory)

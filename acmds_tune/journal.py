@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.log"
 """Its name in the folder of the study."""
 
+BEGUN = b'"acmds"'
+"""In the journal once it says what is searched."""
+
 
 class StudyBusyError(ACMDSError):
     """Another search is writing to this study."""
@@ -28,7 +31,7 @@ def make_room(directory: Path) -> None:
     Raises:
         ConfigError: the study exists, or its folder could not be made.
     """
-    if directory.exists():
+    if directory.exists() and not is_unbegun(directory):
         raise _exists(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -39,18 +42,31 @@ def make_room(directory: Path) -> None:
 
 
 def make_new(directory: Path) -> None:
-    """Make the folder of a new study.
+    """Make the folder of a new study, or take one in which none was begun.
 
     Raises:
         ConfigError: it exists, perhaps since another search started a moment ago; or it cannot be made.
     """
     make_room(directory)
     try:
-        directory.mkdir()
+        directory.mkdir(exist_ok=is_unbegun(directory))
     except FileExistsError:
         raise _exists(directory) from None
     except OSError as error:
         raise _cannot_be_made(directory, str(error)) from None
+
+
+def is_unbegun(directory: Path) -> bool:
+    """The folder was made by a search that was killed before its journal said what it searches."""
+    if not directory.is_dir() or is_held(directory):
+        return False
+    if any(each.name not in ("study.yaml", ".lock", JOURNAL, f"{JOURNAL}.lock") for each in directory.iterdir()):
+        return False
+    return (directory / ".lock").exists() and BEGUN not in _content(directory / JOURNAL)
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _exists(directory: Path) -> ConfigError:

@@ -163,8 +163,10 @@ class SearchStudy:
         for folder in space.warm_start:
             read_about(Path(folder))
         make_new(directory)
-        (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
         lock = hold(directory)
+        for left_over in (directory / JOURNAL, directory / f"{JOURNAL}.lock"):
+            left_over.unlink(missing_ok=True)
+        (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
         journal = _Journal(directory / JOURNAL)
         study = optuna.create_study(
             study_name=space.name,

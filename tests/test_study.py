@@ -278,6 +278,22 @@ def test_a_journal_cut_anywhere_can_be_resumed(create: Callable[..., SearchStudy
     assert sum(trial.state == TrialState.COMPLETE for trial in trials(study)) == 6
 
 
+@pytest.mark.parametrize("lines", [None, 0, 1])
+def test_a_folder_whose_search_was_killed_before_it_began_is_taken(
+    create: Callable[..., SearchStudy], lines: int | None
+) -> None:
+    study = create()
+    study.close()
+    journal = study.directory / "journal.log"
+    begun = journal.read_bytes().splitlines(keepends=True)
+    journal.unlink()
+    if lines is not None:
+        journal.write_bytes(b"".join(begun[:lines]) + begun[lines][:20])
+    assert create().propose().values["lr"] == 1e-3
+    with pytest.raises(ConfigError, match="this study exists"):
+        create()
+
+
 def test_a_folder_that_another_search_has_just_made_is_left_as_it_is(create: Callable[..., SearchStudy]) -> None:
     directory = create().directory
     with pytest.raises(ConfigError, match="this study exists"):
