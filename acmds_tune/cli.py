@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import sys
@@ -40,6 +41,9 @@ EPILOG = """examples:
   acmds-tune status results/quickstart
   acmds-train --config results/quickstart/best.json"""
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""A full disk, or one that may only be read: for the user to mend."""
+
 INTERRUPTED_EXIT = 130
 """What a shell expects of a program that Ctrl-C ended."""
 
@@ -54,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ACMDSError as error:
         print(f"acmds-tune: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"acmds-tune: {error}; nothing that was written before is lost", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("acmds-tune: interrupted", file=sys.stderr)
         return INTERRUPTED_EXIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -95,6 +96,17 @@ def test_a_results_folder_that_cannot_be_made_is_said_before_anything_starts(
     assert main(["search", str(space_file), "--results-dir", str(space_file)]) == 2
     messages = capsys.readouterr().err
     assert messages.startswith(f"acmds-tune: {space_file / 'mine'}: 1 problem\n  cannot be made: ")
+
+
+def test_a_full_disk_is_said_without_a_traceback(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["report", str(study)]) == 1
+    assert "No space left on device; nothing that was written before is lost" in capsys.readouterr().err
 
 
 def test_an_existing_study_is_refused_before_anything_starts(
