@@ -19,6 +19,7 @@ def halving(settings: Mapping[str, Any], directory: Path, report: Report, should
     """
     began, errors, batch = time.monotonic(), 0, int(settings["max_batch_size"])
     while True:
+        started = time.monotonic()
         attempt = directory / f"batch_{batch}"
         held = {**settings, "min_batch_size": batch, "max_batch_size": batch, "max_oom_retries": 1}
         figures = until_error(held, attempt, report, should_stop, errors)
@@ -30,9 +31,8 @@ def halving(settings: Mapping[str, Any], directory: Path, report: Report, should
         if (attempt / name).exists():
             shutil.copy(attempt / name, directory / name)
     speed = figures.get("samples_per_second")
-    if errors and speed:  # the useful samples of the last attempt over the time of all
-        lost = time.monotonic() - began - figures.get("training_seconds", 0.0)
-        figures["samples_per_second"] = figures["samples"] / (figures["samples"] / speed + lost)
+    if errors and speed:  # the start of the last attempt is no more lost than that of any trial
+        figures["samples_per_second"] = figures["samples"] / (figures["samples"] / speed + started - began)
     return {**figures, "oom_events": errors, "oom_recovered": errors}
 
 

@@ -606,6 +606,24 @@ def test_halving_counts_the_attempts_that_failed(tmp_path: Path) -> None:
     assert (tmp_path / "steps.csv").read_text(encoding="utf-8").count("\n") == 7
 
 
+def test_halving_loses_the_time_of_the_failed_attempts_and_not_the_start_of_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    measured = {"samples_per_second": 100.0, "samples": 100, "training_seconds": 1.0, "oom_events": 0}
+    ends = [(2.0, None), (3.0, measured)]  # 3 s, of which it trains for one
+
+    def attempt(*_: Any) -> dict[str, Any] | None:
+        seconds, figures = ends.pop(0)
+        clock[0] += seconds
+        return figures
+
+    monkeypatch.setattr("acmds_tune.baselines.until_error", attempt)
+    monkeypatch.setattr("acmds_tune.baselines.time.monotonic", lambda: clock[0])
+    found = halving({"max_batch_size": 64}, tmp_path, lambda _: None, lambda: False)
+    assert found["samples_per_second"] == pytest.approx(100 / (1.0 + 2.0))
+
+
 # --- earlier studies
 
 
