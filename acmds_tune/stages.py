@@ -89,7 +89,8 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
         return Wait()  # what comes after the defaults are the plant's best
     if space.anchor_every and sampled:
         due = sum(row.status != "running" for row in sampled[1:]) // space.anchor_every
-        if _count(rows, "anchor") < due and not _tried_enough(study, "anchor", DEFAULT, None):
+        given_up = sum(row.interrupted and row.stage == "anchor" for row in study.trials) // MOST_TRIES
+        if _count(rows, "anchor") + given_up < due:
             return Extra("anchor", DEFAULT, default, seed=_first(sampled).seed)
     if len(sampled) < wanted and not (enough and sampled):
         return Sample(stage)

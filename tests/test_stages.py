@@ -136,6 +136,21 @@ def test_the_defaults_are_trained_in_full_also_where_their_first_short_trial_was
     assert [row.seed for row in rows.of_stages(("anchor",))] == [default.seed]
 
 
+def test_an_anchor_that_was_interrupted_twice_is_passed_over_and_the_later_ones_are_run(
+    space: Callable[[str], Space], tmp_path: Path
+) -> None:
+    text = TEXT.replace("trials: 4", "trials: 7") + "anchor_every: 2\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    stages = []
+    while study.missing:
+        proposal = study.propose()
+        stages.append(proposal.stage)
+        interrupted = stages.count("anchor") <= 2 and proposal.stage == "anchor"
+        ended = Ended("stopped", "the search was interrupted") if interrupted else speed_of_lr(proposal)
+        study.finish(proposal.number, ended, interrupted=interrupted)
+    assert stages == [*["search"] * 3, "anchor", "anchor", "search", "search", "anchor", "search", "search", "anchor"]
+
+
 def test_the_best_is_a_trial_with_the_whole_budget_never_a_short_one(run: Callable[..., Any]) -> None:
     study, _ = run(TEXT.replace("trials: 4", "trials: 2") + "screen: {trials: 5}\n", speed_of_lr)
     best = choose_best(load_study(study.directory))
