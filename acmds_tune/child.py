@@ -87,6 +87,9 @@ class Task:
     sharers: int = 1
     """Trials at once on this machine; each takes its part of the cores."""
 
+    gpu_shared: bool = False
+    """Others train on its GPU at the same time, so nobody can tell when that is as it was before."""
+
     trial_timeout_s: float | None = None
     silence_timeout_s: float | None = None
     neighbour: Sequence[tuple[float, float]] = ()
@@ -113,7 +116,7 @@ class TrialProcess:
         self._stop_file = Path(task.directory) / STOP_FILE
         self._kernel_kills = host_memory.kills()
         self._gpus = _gpus(task)
-        self._gpu_bytes = {gpu: nvml.used_bytes(gpu) for gpu in self._gpus}
+        self._gpu_bytes = {gpu: nvml.used_bytes(gpu) for gpu in self._gpus if not task.gpu_shared}
         self._busy: list[float] = []
         self._started = self._heard = self._measured = time.monotonic()
         # Ray sets 1; torch reads it when the fork server imports it

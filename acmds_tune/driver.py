@@ -117,6 +117,7 @@ class Driver:
             working_directory=self.study.working_directory,
             import_path=self.study.import_path,
             sharers=self.sharers,
+            gpu_shared=self.space.resources.gpus_per_trial < 1 and self.sharers > 1,
             trial_timeout_s=self.space.timeouts.trial,
             silence_timeout_s=self.space.timeouts.silence,
             neighbour=[] if proposal.stage == "plant" else [(step.at, step.holds_gb) for step in self.space.neighbour],

@@ -184,6 +184,17 @@ def test_the_gpu_is_awaited_until_it_is_as_it_was_before_the_trial(
     assert next(used, "all read") == "all read"
 
 
+def test_a_gpu_that_others_use_as_well_is_not_awaited(
+    start: Callable[..., TrialProcess], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = iter(range(0, 2**40, 2**30))  # another trial takes more and more of it
+    monkeypatch.setattr(nvml, "visible_devices", lambda: ["0"])
+    monkeypatch.setattr(nvml, "used_bytes", lambda gpu: next(used))
+    monkeypatch.setattr(nvml, "busy_fraction", lambda gpu: 0.5)
+    assert end_of(start("ok", gpu_shared=True)).status == "ok"
+    assert caplog.text == ""
+
+
 def test_a_trial_that_is_asked_to_stop_ends_itself_with_whole_figures(start: Callable[..., TrialProcess]) -> None:
     trial = start("goes_on")
     wait_until(lambda: trial.poll(0.1) is not None)
