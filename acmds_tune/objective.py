@@ -122,7 +122,8 @@ def evaluate(
         partial = getattr(error, "partial", None)  # what a run that failed had measured
         figures = figures_so_far(last) | (figures_of(asdict(partial)) if partial is not None else {})
         ended = _bad_end(error, figures)
-        (directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        text = traceback.format_exc()
+        (directory / "traceback.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
     else:
         stopped = should_stop() and figures.get("stopped_early", True)
         ended = Ended("stopped" if stopped else "ok", "asked to stop" if stopped else "finished", figures_of(figures))
@@ -140,7 +141,8 @@ def _bad_end(error: Exception, figures: dict[str, Any]) -> Ended:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    # the name of a file may be no UTF-8, and no table could be written with it
+    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode() or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

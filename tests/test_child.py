@@ -20,7 +20,7 @@ from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_tune import child, host_memory, nvml
 from acmds_tune.child import Task, TrialProcess, _preloaded
 from acmds_tune.neighbour import Script, serve_alone
-from acmds_tune.objective import Ended, read_outcome
+from acmds_tune.objective import Ended, evaluate, read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 SOON_S = 20.0
@@ -95,6 +95,15 @@ def test_every_end_has_its_status_its_reason_and_what_was_measured(
     assert ended.seconds > 0
     assert read_outcome(tmp_path / "0007") == ended
     assert not is_alive(trial.pid)
+
+
+def test_an_error_with_the_name_of_a_file_that_is_no_utf_8_is_an_error_like_any_other(tmp_path: Path) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise ValueError("cannot read \udcff.jpg")  # as os.fsdecode gives it
+
+    ended = evaluate(broken, {}, tmp_path, lambda _: None, lambda: False)
+    assert (ended.status, ended.reason) == ("error", "ValueError: cannot read \\udcff.jpg")
+    assert "\\udcff.jpg" in (tmp_path / "traceback.txt").read_text(encoding="utf-8")
 
 
 def test_out_of_memory_for_good_counts_as_an_event_beside_the_last_measured_figures(
