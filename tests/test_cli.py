@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import acmds_optimizer.console
 from acmds_optimizer import cli
 from acmds_optimizer.config import TrainConfig, field_help, field_names, load, read_file, to_dict
 from acmds_optimizer.errors import ConfigError
@@ -155,3 +158,18 @@ def test_an_interrupted_run_saves_and_can_be_resumed(number, tmp_path):
     before = len((run / "steps.csv").read_text().splitlines())
     assert cli.main(["--resume", str(run), "--max-steps", str(before + 10), "--quiet"]) == 0
     assert len((run / "steps.csv").read_text().splitlines()) == before + 10 + 1
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_shows_steps_time_left_and_all_figures(width, monkeypatch):
+    terminal = Console(width=width, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(acmds_optimizer.console, "console", lambda: terminal)
+    bar = cli._make_bar()
+    bar.add_task(
+        "training", total=600, completed=333, text="52 samples/s  batch 64  free 0.965/0.2 GB  loss 1.1521  val 33.33%"
+    )
+    with terminal.capture() as capture:
+        terminal.print(bar)
+    shown = capture.get()
+    for part in ("333/600", "-:--:--", "52", "batch", "0.965/0.2", "1.1521", "33.33%"):
+        assert part in shown
