@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import signal
@@ -113,7 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train_or_evaluate(argv: Sequence[str]) -> int:
-    options = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0], [*vars(parsed), *field_types()])}"
+        )
+    options = vars(parsed)
     own = {name: options.pop(name) for name in ("config", "resume", "evaluate", "dry_run", "log_file", "quiet")}
     if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun's
         if own["dry_run"] or own["evaluate"]:
@@ -123,6 +130,13 @@ def _train_or_evaluate(argv: Sequence[str]) -> int:
     if own["dry_run"]:
         return _dry_run(own, options)
     return _evaluate(own, options) if own["evaluate"] else _train(own, options)
+
+
+def _nearest(word: str, names: list[str]) -> str:
+    """` (did you mean --x?)` for the closest flag or verb, or nothing."""
+    flags = ["--" + name.replace("_", "-") for name in names]
+    matches = difflib.get_close_matches(word.partition("=")[0], [*flags, *VERBS], n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:

@@ -122,6 +122,22 @@ def test_wrong_usage_ends_with_2_and_says_what_to_change(arguments, message, cap
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--epohcs", "3"], "--epochs"),
+        (["--min_batchsize=8"], "--min-batch-size"),
+        (["--evalute", "best.pt"], "--evaluate"),
+        (["chek", "path/to/images"], "check"),
+    ],
+)
+def test_the_nearest_flag_or_verb_is_named(arguments, meant, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {' '.join(arguments)} (did you mean {meant}?)" in capsys.readouterr().err
+
+
 def test_half_of_what_torchrun_sets_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
