@@ -38,6 +38,20 @@ EPILOG = """examples:
 Flags override the file, the file overrides the defaults; `none` takes back what may be none. GB are 2**30 bytes."""
 
 
+SECTIONS = {
+    "target_headroom_gb": "memory",
+    "pid_kp": "PID that trims what the memory model says",
+    "direction": "curriculum",
+    "enable_amp": "speed",
+    "seed": "seed and model",
+    "dataset": "data and augmentation",
+    "device": "how long, and where",
+    "optimizer": "optimizer and learning rate",
+    "output_dir": "what is kept",
+}
+"""Headings of the settings in `--help`, by the first setting under each."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """One flag a setting, made from TrainConfig, beside the few that are about the command itself."""
     parser = argparse.ArgumentParser(
@@ -62,12 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress display; warnings only")
-    settings = parser.add_argument_group("settings")
     defaults, kinds = TrainConfig(), field_types()
     for name, text in field_help().items():
+        if name in SECTIONS:
+            settings = parser.add_argument_group(f"settings: {SECTIONS[name]}")
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
-        help_text = f"{text} (default: {'none' if default is None else default})".replace("%", "%%")
+        shown = str(default).lower() if default is None or isinstance(default, bool) else default
+        help_text = f"{text} (default: {shown})".replace("%", "%%")
         kind: dict[str, Any] = {"metavar": _metavar(kinds[name])}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}

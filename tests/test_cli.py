@@ -42,6 +42,16 @@ def test_every_setting_is_a_flag_with_its_help():
         assert field_help()[name], f"{name} has no text under it"
 
 
+def test_the_settings_are_listed_under_headings_and_their_defaults_as_a_file_has_them():
+    text = cli.build_parser().format_help()
+    assert field_names()[0] in cli.SECTIONS
+    at = [text.index(f"settings: {heading}:\n") for heading in cli.SECTIONS.values()]
+    assert at == sorted(at)
+    assert text.index("settings: curriculum:") < text.index("  --direction ") < text.index("settings: speed:")
+    assert "(default: true)" in text
+    assert "(default: False)" not in text
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
