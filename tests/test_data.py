@@ -309,7 +309,7 @@ def test_a_broken_image_is_named(photos, tmp_path, processes, content):
     source = photo_source(tmp_path, processes)
     try:
         with pytest.raises(
-            DataError, match=r"57\.jpg: cannot be read as an image: .*Repair or remove the file"
+            DataError, match=r"57\.jpg: cannot be read as an image: .*Repair or remove the file.*--broken-images skip"
         ) as error:
             source.stream(np.arange(200), epoch=0).take(200)
         assert "Traceback" not in str(error.value)
@@ -345,6 +345,7 @@ def test_a_broken_image_gives_its_place_to_the_next_where_asked_and_is_named_onc
             assert torch.equal(batch.inputs[9], batch.inputs[0])
         skipped = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped")]
         assert sorted(line.split(": cannot")[0][-7:] for line in skipped) == ["a/3.jpg", "a/4.jpg", "b/4.jpg"]
+        assert not any("Repair" in line for line in skipped)
     finally:
         source.close()
 

@@ -25,7 +25,7 @@ from acmds_optimizer.engine.augment import POLICIES
 from acmds_optimizer.engine.batches import near_equal
 from acmds_optimizer.engine.images import InputSpec, prepare, sample_rng
 from acmds_optimizer.errors import DataError
-from acmds_optimizer.zoo.folders import UNREADABLE, ImageFiles, unreadable
+from acmds_optimizer.zoo.folders import UNREADABLE, WHAT_TO_DO, ImageFiles, unreadable
 from acmds_optimizer.zoo.items import as_image, length, split_item
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Decoder(Dataset[Chunk]):
                 try:
                     return *self._read(index, rng), skipped
                 except DataError as error:
-                    skipped.append(str(error))
+                    skipped.append(str(error).removesuffix(WHAT_TO_DO))
                     index = (index + 1) % count
         return *self._read(index, rng), skipped
 

@@ -87,12 +87,16 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
         return sizes
 
 
+WHAT_TO_DO = (
+    ". Repair or remove the file (acmds-train check FOLDER lists all), or go on without it: --broken-images skip"
+)
+"""How the message of `unreadable` ends; not said of a file that is skipped."""
+
+
 def unreadable(path: Path | str, error: BaseException) -> DataError:
     """The error for a file that is no whole image."""
     said = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-    return DataError(
-        f"{path}: cannot be read as an image: {said}. Repair or remove the file (acmds-train check FOLDER lists all)"
-    )
+    return DataError(f"{path}: cannot be read as an image: {said}{WHAT_TO_DO}")
 
 
 def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
