@@ -297,6 +297,25 @@ def test_a_new_stream_ends_the_one_before():
         first.take(80)
 
 
+@pytest.mark.parametrize(
+    ("stored", "settings", "said"),
+    [
+        ((48, 40), {}, "2 classes, 48x40 px"),
+        ((48, 40), {"image_size": 32}, "2 classes, 48x40 px, fed as 32x32 px"),
+        ((None, None), {}, "2 classes, of differing sizes, fed as 224x224 px"),
+    ],
+)
+def test_the_log_says_the_size_of_the_images_and_the_size_that_is_fed(stored, settings, said, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="acmds_optimizer.zoo.datasets")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            size = stored if stored[0] else (70 + number, 80)
+            Image.new("RGB", size).save(tmp_path / name / f"{number}.png")
+    build_data(TrainConfig(dataset=str(tmp_path), device="cpu", **settings))
+    assert any(record.getMessage().endswith(said) for record in caplog.records)
+
+
 @pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize("content", [b"no image at all", None])
 def test_a_broken_image_is_named(photos, tmp_path, processes, content):

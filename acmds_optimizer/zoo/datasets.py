@@ -178,12 +178,15 @@ def _folder(root: Path, config: TrainConfig) -> DataBundle:
     train, val = read_folder(root, config.val_fraction)
     kind = probe(train)
     stored = (kind.shape[1], kind.shape[2]) if kind.one_size else None
+    bundle = DataBundle(train, val, None, train.classes, (3, 0, 0), IMAGENET_MEAN, IMAGENET_STD)
+    _, height, width = _sized(bundle, config, stored).image_shape
+    kept = f"{stored[1]}x{stored[0]} px" if stored else "of differing sizes"
     logger.info(
         "%s: %d images to train on, %d for validation, %d classes, %s",
         root, len(train), len(val or ()), len(train.classes),
-        f"{stored[1]}x{stored[0]} px" if stored else "of differing sizes",
+        kept if stored == (height, width) else f"{kept}, fed as {width}x{height} px",
     )  # fmt: skip  # the arguments in the order of the text
-    return _sized(DataBundle(train, val, None, train.classes, (3, 0, 0), IMAGENET_MEAN, IMAGENET_STD), config, stored)
+    return bundle
 
 
 def _foreign(config: TrainConfig) -> DataBundle:
