@@ -340,6 +340,13 @@ def thinned(steps: pd.DataFrame, keep: Sequence[int], most: int = MOST_POINTS) -
     return steps.iloc[np.union1d(kept, [int(rows[peaks[rows].argmax()]) for rows in stretches])]
 
 
+def batch_ticks(batches: Sequence[int]) -> list[int]:
+    """Marks for an axis of micro-batches: the smallest, the largest and a few powers of two well between them."""
+    low, high = max(1, int(min(batches))), max(1, int(max(batches)))
+    between = [2**power for power in range(high.bit_length()) if 1.5 * low < 2**power < high / 1.5]
+    return sorted({low, *between[:: math.ceil(len(between) / 3) or 1], high})
+
+
 def memory_over_steps(steps: pd.DataFrame, events: Sequence[Mapping[str, Any]], top_gb: float | None = None) -> Figure:
     """Micro-batch above, memory below, over the optimizer steps, with the out-of-memory events marked.
 
@@ -372,13 +379,13 @@ def memory_over_steps(steps: pd.DataFrame, events: Sequence[Mapping[str, Any]], 
             "name": "out of memory",
             "x": [event["step"] for event in out_of_memory[:MOST_POINTS]],
             "marker": {"symbol": "x", "size": 7, "color": ALARM},
+            "cliponaxis": False,  # whole also at the first step and at the budget
         }
         budgets = [float(event["budget_gb"] or "nan") for event in out_of_memory[:MOST_POINTS]]
         data.append({**mark, "y": [None if math.isnan(budget) else budget for budget in budgets]})
         data.append({**mark, **batch, "y": [event["micro_batch"] for event in out_of_memory[:MOST_POINTS]]})
-    most = max(4.0, float(steps["micro_batch"].max()))
-    powers = [2**power for power in range(int(math.log2(most)) + 1)]
-    batch_axis = axis("Micro-batch", type="log", tickvals=powers[::-2], domain=[0.66, 1])
+    batches = [*steps["micro_batch"].tolist(), *(event["micro_batch"] for event in out_of_memory[:MOST_POINTS])]
+    batch_axis = axis("Micro-batch", type="log", tickvals=batch_ticks(batches), domain=[0.66, 1])
     memory_axis = axis("Memory (GB)", domain=[0, 0.58], range=[0, top_gb] if top_gb else None, rangemode="tozero")
     look = layout(
         470, xaxis=axis("Optimizer step", range=[x[0], max(x[-1], x[0] + 1)]), yaxis=memory_axis, yaxis2=batch_axis

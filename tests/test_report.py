@@ -415,6 +415,20 @@ def test_only_feasible_trials_are_on_the_front_and_in_the_best_so_far(mixed: Stu
     assert (history["data"][0]["x"], history["data"][0]["y"]) == ([0, 4, 6], [100.0, 300.0, 300.0])
 
 
+@pytest.mark.parametrize(
+    ("batches", "ticks"),
+    [
+        ([128, 66, 90], [66, 128]),
+        ([75, 250, 80], [75, 128, 250]),
+        ([4, 512], [4, 8, 32, 128, 512]),
+        ([64, 64], [64]),
+        ([1, 2, 3], [1, 3]),
+    ],
+)
+def test_the_axis_of_micro_batches_has_its_ends_and_powers_of_two_between(batches, ticks) -> None:
+    assert report_figures.batch_ticks(batches) == ticks
+
+
 def test_thinning_keeps_the_ends_the_steps_asked_for_and_the_highest_peak() -> None:
     steps = pd.DataFrame({"step": range(10_000), "peak_allocated_gb": 1.0})
     steps.loc[7777, "peak_allocated_gb"] = 9.0
