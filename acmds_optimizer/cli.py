@@ -151,7 +151,7 @@ def _train_or_evaluate(argv: Sequence[str]) -> int:
 def _nearest(word: str, names: list[str]) -> str:
     """` (did you mean --x?)` for the closest flag or verb, or nothing."""
     flags = ["--" + name.replace("_", "-") for name in names]
-    matches = difflib.get_close_matches(word.partition("=")[0], [*flags, *VERBS], n=1)
+    matches = difflib.get_close_matches(word.partition("=")[0], [*flags, *VERBS], n=1, cutoff=0.7)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 

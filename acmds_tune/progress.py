@@ -22,6 +22,9 @@ ROWS = 16
 SETTINGS_SHOWN = 5
 """Searched settings in the table; the others are in trials.csv."""
 
+TEXTS = ("trial", "what", "status")
+"""Columns that are aligned to the left."""
+
 STYLES = {
     "running": "cyan",
     "ok": "green",
@@ -46,6 +49,16 @@ class _Row:
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
     share: float = 0.0
+
+    @property
+    def said(self) -> str:
+        """The status, of a running trial with how far it is."""
+        return f"running {self.share:4.0%}" if self.status == "running" else self.status
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from its start to its end, or until now."""
+        return self.seconds if self.seconds is not None else time.monotonic() - self.started
 
 
 class Display:
@@ -118,30 +131,40 @@ class Display:
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("trial", "what", "status"):
-            table.add_column(heading, no_wrap=True)
-        for name in self._shown:
-            table.add_column(name.replace("_", " "), justify="right")  # a heading may take several lines
-        for heading in ("samples/s", "oom", "val loss", "seconds"):
-            table.add_column(heading, justify="right", no_wrap=heading != "val loss")
-        for row in list(self._rows.values())[-ROWS:]:
-            figures = row.figures
-            status = f"running {row.share:4.0%}" if row.status == "running" else row.status
-            seconds = row.seconds if row.seconds is not None else time.monotonic() - row.started
-            table.add_row(
-                str(row.number),
-                row.what,
-                Text(status, style=STYLES.get(row.status, "")),
-                *(_short(row.values.get(name)) for name in self._shown),
-                _short(figures.get("samples_per_second")),
-                _short(figures.get("oom_events")),
-                _short(figures.get("val_loss")),
-                f"{seconds:.0f}",
-            )
+        rows = list(self._rows.values())[-ROWS:]
+        columns = self._columns(rows)
+        for heading in columns:
+            words = heading.replace(" ", "\n")
+            table.add_column(words, justify="left" if heading in TEXTS else "right", vertical="bottom", no_wrap=True)
+        for cells in zip(*columns.values(), strict=True):
+            table.add_row(*cells)
         minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
         summary = f"{self._name}: {self._over} of {max(self._trials, self._over)} trials, {minutes}:{seconds:02d}"
         parts = [table] if self._rows else []
         return Group(*parts, Text(summary, style="bold"))
+
+    def _columns(self, rows: Sequence[_Row]) -> dict[str, list[Text]]:
+        """Cells by heading: as many columns as the terminal holds whole, what was tried last among those to keep."""
+        figures = {
+            heading: [Text(_short(row.figures.get(name))) for row in rows]
+            for heading, name in (("samples/s", "samples_per_second"), ("oom", "oom_events"), ("val loss", "val_loss"))
+        }
+        columns = {
+            "trial": [Text(str(row.number)) for row in rows],
+            "what": [Text(row.what) for row in rows],
+            "status": [Text(row.said, style=STYLES.get(row.status, "")) for row in rows],
+            **{name.replace("_", " "): [Text(_short(row.values.get(name))) for row in rows] for name in self._shown},
+            **figures,
+            "seconds": [Text(f"{row.elapsed:.0f}") for row in rows],
+        }
+        left = self._console.width
+        kept: set[str] = set()
+        for heading in ("trial", "status", *figures, "seconds", "what", *columns):
+            width = max(*map(len, heading.split()), *map(len, columns[heading]), 0) + 2
+            if heading not in kept and width <= left + 2:
+                kept.add(heading)
+                left -= width
+        return {heading: cells for heading, cells in columns.items() if heading in kept}
 
 
 def _short(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,6 +233,26 @@ def test_the_line_of_an_infeasible_trial_says_which_constraint_it_broke(
     driver.ended(task.number, Ended("ok", "finished", figures(oom_events=3), 1.0))
     study.close()
     assert capsys.readouterr().err.rstrip().endswith("(broke oom_events <= 0 (3))")
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [(60, {"what", "headroom", "fraction"}), (80, {"headroom", "fraction"}), (120, set())],
+)
+def test_a_narrow_terminal_shows_fewer_columns_and_no_value_cut_off(
+    width: int, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Console(width=width, file=io.StringIO(), force_terminal=True)
+    values = {"min_batch_size": 248, "target_headroom_gb": 0.00314, "knee_gain_fraction": 0.2739}
+    with Display("s", 20, list(values), console=terminal) as display:
+        display.started(0, values, "confirm trial 7")
+        display.ended(0, "infeasible", Ended("infeasible", "", figures(), 20.7))
+        with terminal.capture() as capture:
+            terminal.print(display._render())
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capture.get())
+    assert "…" not in shown
+    for word in ("trial", "what", "status", "size", "headroom", "fraction", "samples/s", "oom", "loss", "seconds"):
+        assert (word in shown.split()) == (word not in left_out)
 
 
 def test_the_minutes_of_a_search_leave_time_for_its_confirmation(
