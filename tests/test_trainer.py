@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -465,6 +467,29 @@ def test_a_run_is_never_written_over(tmp_path):
     run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path)
     with pytest.raises(ConfigError, match="holds a run already; use --resume"):
         run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path)
+
+
+HOLDER = (
+    "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_folder_that_another_process_writes_a_run_into_is_refused_until_that_has_ended(tmp_path, resumed):
+    settings = TrainConfig(**DIGITS, max_steps=4)
+    if resumed:
+        run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock")
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="another process is writing a run into"):
+            run_training(settings, output_dir=tmp_path, resume=tmp_path if resumed else None)
+        assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == before
+        other.communicate("\n")
+    assert run_training(settings, output_dir=tmp_path, resume=tmp_path if resumed else None).steps == 4
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -75,7 +76,7 @@ def run_training(
     """
     ranks = ranks or Ranks.current()
     if output_dir is not None and not _continues(resume, output_dir) and _holds_a_run(output_dir):
-        raise ConfigError("output_dir", [f"{output_dir} holds a run already; use --resume, or another folder"])
+        raise _already_a_run(output_dir)
     ranks.agree({name: value for name, value in to_dict(config).items() if name not in _OF_ONE_CARD})
     began = time.monotonic()
     torch.manual_seed(config.seed)
@@ -100,8 +101,10 @@ def run_training(
     if state is not None:
         trainer.load_state_dict(state)
     keeps = output_dir is not None and config.checkpoint_every > 0
+    held = contextlib.ExitStack()
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
-        _open_records(trainer, config, output_dir, trainer.step if state else None)
+        new = not _continues(resume, output_dir)
+        _open_records(trainer, config, output_dir, trainer.step if state else None, held, new=new)
         output_dir = output_dir if ranks.first else None
     logger.debug("ready to train %.1f s after the start", time.monotonic() - began)
     try:
@@ -115,13 +118,22 @@ def run_training(
     finally:
         trainer.shutdown()
         memory.close()
+        held.close()
     if output_dir is not None:
         write_json(output_dir / "outcome.json", to_plain(outcome))
     return outcome
 
 
-def _open_records(trainer: ACMDSTrainer, config: TrainConfig, folder: Path, resume_step: int | None) -> None:
-    """Begin to write the records of a run; of several processes, of this one."""
+def _open_records(
+    trainer: ACMDSTrainer,
+    config: TrainConfig,
+    folder: Path,
+    resume_step: int | None,
+    held: contextlib.ExitStack,
+    *,
+    new: bool,
+) -> None:
+    """Begin to write the records of a run; of several processes, of this one. `held` keeps others from the folder."""
     logs: list[ScalarLog] = []
     ranks = trainer.ranks
     if not ranks.first:
@@ -131,6 +143,9 @@ def _open_records(trainer: ACMDSTrainer, config: TrainConfig, folder: Path, resu
             logs = open_scalar_logs(config, folder, resume_step)
         folder.mkdir(parents=True, exist_ok=True)
         if ranks.first:
+            held.enter_context(_alone_in(folder))
+            if new and _holds_a_run(folder):  # one that started later than this one has ended already
+                raise _already_a_run(folder)
             write_json(folder / "config.json", to_dict(config))
             write_json(folder / "environment.json", environment(trainer.device) | {"processes": ranks.world_size})
     except OSError as error:
@@ -372,6 +387,25 @@ def _continues(resume: Path | None, folder: Path) -> bool:
 
 def _holds_a_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (checkpoint.NEWEST, "config.json", "steps.csv"))
+
+
+def _already_a_run(folder: Path) -> ConfigError:
+    return ConfigError("output_dir", [f"{folder} holds a run already; use --resume, or another folder"])
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within this context no other process can write a run into the folder; it is free when the process dies."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers inherit that, and may outlive us
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(
+                "output_dir", [f"another process is writing a run into {folder}; wait for it, or give another folder"]
+            ) from None
+        except OSError as error:
+            logger.debug("no lock in %s: %s", folder, error)  # a file system without locks
+        yield
 
 
 def environment(device: torch.device) -> dict[str, Any]:
