@@ -249,7 +249,7 @@ def baseline_lines(study: StudyRecord) -> list[Figure]:
     ]
 
 
-def slices(study: StudyRecord, marked: Marked) -> Figure | None:
+def slices(study: StudyRecord) -> Figure | None:
     """The first objective over each searched setting, one small plot each; None where no trial has a value."""
     objective, columns = study.objectives[0], 3
     rows = [row for row in study.trials if row.figures.get(objective.name) is not None and row.status != "running"]
@@ -290,7 +290,6 @@ def slices(study: StudyRecord, marked: Marked) -> Figure | None:
                     "marker": {"size": 7, "color": ACCENT if good else GREY, "opacity": 0.8 if good else 0.5},
                 }
             )
-    del marked
     return {"data": data, "layout": layout(110 + 210 * lines, **axes)}
 
 

@@ -149,7 +149,7 @@ def comparisons(
             "slices",
             "Slices",
             "The first objective over each searched setting. What rises or falls through all trials matters.",
-            figures.slices(replace(study, trials=study.candidates), marked),
+            figures.slices(replace(study, trials=study.candidates)),
             "Needs two trials that differ.",
             into,
         ),

@@ -398,7 +398,7 @@ def test_all_plots_are_valid_plotly_figures(mixed: Study) -> None:
         report_figures.throughput_against_oom(record, marked),
         report_figures.pareto(record, marked),
         report_figures.history(record, marked),
-        report_figures.slices(record, marked),
+        report_figures.slices(record),
         report_figures.importance({"samples_per_second": {"lr": 0.75, "pid_kp": 0.25}}),
         report_figures.memory_over_steps(steps, report.read_events(mixed.folder, 4), 12.0),
     ]
