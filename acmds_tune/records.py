@@ -108,13 +108,11 @@ class Confirmation:
     """One configuration run on several seeds; means and standard deviations of the objectives.
 
     Attributes:
-        label: `trial 7`, `default`, `fixed batch 128`.
         trials: its runs.
         means: one an objective; None where a run did not come to its end, or has no value.
         deviations: sample standard deviations, 0 for one run.
     """
 
-    label: str
     trials: tuple[TrialRecord, ...]
     means: tuple[float, ...] | None
     deviations: tuple[float, ...] | None
@@ -149,7 +147,7 @@ def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
             columns = list(zip(*values, strict=True))
             means = tuple(statistics.fmean(column) for column in columns)
             deviations = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
-        result[label] = Confirmation(label, tuple(trials), means, deviations)
+        result[label] = Confirmation(tuple(trials), means, deviations)
     return result
 
 

@@ -38,7 +38,6 @@ DRAWS = 4000
 class Requirement:
     """One expression; `names` are the settings in it."""
 
-    text: str
     tree: ast.expr
     names: frozenset[str]
 
@@ -69,7 +68,7 @@ def parse_requirement(text: str) -> Requirement:
             raise ValueError(f"'{text}': only settings, values, + - * / // %, comparisons, and, or, not")
     if not isinstance(tree, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.Name):
         raise ValueError(f"'{text}': says nothing that is true or false; compare two things")
-    return Requirement(text, tree, frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
+    return Requirement(tree, frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)))
 
 
 def _value(node: ast.expr, settings: Mapping[str, Any]) -> Any:

@@ -23,7 +23,7 @@ class HubImages(Dataset[tuple[Any, int]]):
 
     def __init__(self, table: Any, image: str, label: str) -> None:
         self.table = table
-        self._image, self._label = image, label
+        self._image = image
         self.targets = np.asarray(table[label], dtype=np.int64)
         self.classes = [str(name) for name in getattr(table.features[label], "names", [])]
 
