@@ -88,10 +88,6 @@ class Prediction:
     headroom_breach_fraction: float
     batch_size_mean: float
 
-    def figures(self) -> dict[str, Any]:
-        """The same as a mapping."""
-        return asdict(self)
-
 
 def simulate(
     plant: Plant,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from acmds_optimizer.config import TrainConfig, to_dict
@@ -72,7 +73,7 @@ def best_on_plant(
             runs = [simulate(plant, settings, neighbour, seed=seed) for seed in seeds]
         except ConfigError:  # two settings that do not go together
             return None
-        figures = [run.figures() for run in runs if run is not None]
+        figures = [asdict(run) for run in runs if run is not None]
         if len(figures) < len(runs):
             return None
         broken = [c.violation(each[c.figure]) for c in space.parsed_constraints for each in figures if c.figure in each]

@@ -40,6 +40,7 @@ from acmds_tune.records import (
     front_of,
     why_no_best,
 )
+from acmds_tune.stages import SAMPLED
 
 if TYPE_CHECKING:
     import optuna
@@ -67,11 +68,6 @@ def load_study(study_dir: str | Path) -> StudyRecord:
     return record(_open(study_dir), Path(study_dir))
 
 
-def load_trials(study_dir: str | Path) -> list[TrialRecord]:
-    """Every trial that was started, in the order of the starts. Raises as `load_study`."""
-    return list(load_study(study_dir).trials)
-
-
 def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
     """Share of each searched setting in what sets the best tenth of the trials apart, for each objective.
 
@@ -83,7 +79,7 @@ def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
 
     whole = _open(study_dir)
     study = record(whole, Path(study_dir))
-    done = {trial.number for trial in sampled(study) if trial.status in DONE and trial.values is not None}
+    done = {trial.number for trial in study.of_stages(SAMPLED) if trial.status in DONE and trial.values is not None}
     if len(done) < FEWEST_TRIALS_FOR_IMPORTANCES:
         return {}
     trials = [trial for trial in whole.get_trials(deepcopy=False) if trial.number in done]
@@ -125,11 +121,6 @@ def _open(study_dir: str | Path) -> optuna.Study:
         if not names:
             raise ConfigError(str(journal), ["holds no study"])
         return optuna.load_study(study_name=names[0], storage=storage)
-
-
-def sampled(study: StudyRecord) -> list[TrialRecord]:
-    """The trials that the sampler proposed."""
-    return study.of_stages(("screen", "search"))
 
 
 def is_row(trial: optuna.trial.FrozenTrial) -> bool:

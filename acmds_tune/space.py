@@ -275,10 +275,6 @@ class Space(_Model):
         """The device that the trials run on."""
         return str(self.fixed.get("device", TrainConfig().device))
 
-    def trial_seed(self, number: int) -> int:
-        """Seed of trial `number`: its weights, order of samples and augmentation."""
-        return derived_seed(self.seed, number)
-
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings to train with, given the searched `values`: fixed and searched ones, no trial's budget."""
         return {**self.fixed, **values}

@@ -181,11 +181,6 @@ def _objectives(items: list[Any], source: Source) -> list[Objective]:
 # --- checks against the trainer's settings
 
 
-def field_adapter(name: str) -> TypeAdapter[Any]:
-    """Checks and converts a value of the TrainConfig setting `name`."""
-    return _adapter(TrainConfig.__pydantic_fields__[name])  # type: ignore[attr-defined]
-
-
 def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
     kind: Any = field.annotation
     return TypeAdapter(Annotated[kind, *field.metadata] if field.metadata else kind)
@@ -211,7 +206,7 @@ def _field_types(name: str) -> set[type]:
 def _checked(name: str, value: Any, path: tuple[str | int, ...], source: Source) -> Any:
     """`value` as the setting `name` holds it; a recorded problem and the value itself where it is not allowed."""
     try:
-        return field_adapter(name).validate_python(value)
+        return _adapter(TrainConfig.__pydantic_fields__[name]).validate_python(value)  # type: ignore[attr-defined]
     except ValidationError as error:
         source.complain(path, f"{value!r}: {'; '.join(sorted({item['msg'].lower() for item in error.errors()}))}")
         return value

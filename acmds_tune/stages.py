@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from acmds_optimizer.config import TrainConfig, to_dict
-from acmds_tune.records import Objective, StudyRecord, TrialRecord, choose_best, ranked
+from acmds_tune.records import StudyRecord, TrialRecord, choose_best, ranked
 from acmds_tune.space import Space, derived_seed
 
 SAMPLED = ("screen", "search")
@@ -271,11 +271,6 @@ def searched(space: Space, row: TrialRecord) -> dict[str, Any]:
         for name, value in values.items()
         if all(values.get(other) in allowed for other, allowed in (space.search[name].when or {}).items())
     }
-
-
-def objectives(space: Space) -> tuple[Objective, ...]:
-    """What the space searches for, as records have it."""
-    return tuple(Objective(goal.name, goal.direction) for goal in space.objective)
 
 
 def _first(sampled: Sequence[TrialRecord]) -> TrialRecord:

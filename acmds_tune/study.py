@@ -419,7 +419,7 @@ class SearchStudy:
         self, trial: optuna.trial.Trial, values: dict[str, Any], more: Mapping[str, Any], what: Extra
     ) -> Proposal:
         self._running[trial.number] = trial
-        seed = self.space.trial_seed(trial.number) if what.seed is None else what.seed
+        seed = derived_seed(self.space.seed, trial.number) if what.seed is None else what.seed
         settings = {**self.space.settings(values), **more, "seed": seed}
         for name, value in {"stage": what.stage, "label": what.label, "seed": seed}.items():
             trial.set_user_attr(name, value)

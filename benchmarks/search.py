@@ -123,7 +123,7 @@ def trial(plant: Plant, settings: Mapping[str, Any], seed: int, share: float = 1
     if found is None:
         return Ended("oom", "nothing fits", {"oom_events": 1}, 1.0)
     speed = found.samples_per_second * (1.0 + NOISE * random.Random(seed).gauss(0.0, 1.0))
-    return Ended("ok", "finished", {**found.figures(), "samples_per_second": speed, "headroom_min_gb": 1.0}, 1.0)
+    return Ended("ok", "finished", {**asdict(found), "samples_per_second": speed, "headroom_min_gb": 1.0}, 1.0)
 
 
 def true_speed(plant: Plant, settings: Mapping[str, Any]) -> float | None:

@@ -290,7 +290,7 @@ def test_the_front_of_many_points_is_that_of_every_pair_compared(objectives: int
 def test_the_worst_trials_are_those_with_most_errors_then_the_slowest(study: Study) -> None:
     for speed, errors in ((100.0, 0), (50.0, 2), (20.0, 2), (10.0, 0)):
         study.add(speed, oom_events=errors)
-    assert [trial.number for trial in worst_first(report.load_trials(study.folder))] == [2, 1, 3, 0]
+    assert [trial.number for trial in worst_first(report.load_study(study.folder).trials)] == [2, 1, 3, 0]
 
 
 def test_best_json_is_read_by_the_trainer_as_the_settings_of_the_trial(mixed: Study) -> None:
