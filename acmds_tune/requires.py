@@ -99,14 +99,12 @@ def draw(search: Mapping[str, Parameter], rng: random.Random) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in ordered(search) or []:
         parameter = search[name]
-        if not all(values.get(other) in allowed for other, allowed in (parameter.when or {}).items()):
+        if not parameter.applies(values):
             continue
         if parameter.values is not None:
             values[name] = rng.choice(parameter.values)
             continue
-        assert parameter.low is not None
-        assert parameter.high is not None
-        low, high, step = parameter.low, parameter.high, parameter.step
+        (low, high), step = parameter.bounds, parameter.step
         if parameter.type == "int" and step is None and not parameter.log:
             step = 1
         if step is not None:
@@ -140,12 +138,8 @@ def distance(one: Mapping[str, Any], other: Mapping[str, Any], search: Mapping[s
         if parameter.values is not None or a is None or b is None:
             total += 1.0
             continue
-        assert parameter.low is not None
-        assert parameter.high is not None
-        if parameter.log:
-            total += abs(math.log(a / b)) / math.log(parameter.high / parameter.low)
-        else:
-            total += abs(a - b) / (parameter.high - parameter.low)
+        low, high = parameter.bounds
+        total += abs(math.log(a / b)) / math.log(high / low) if parameter.log else abs(a - b) / (high - low)
     return total
 
 

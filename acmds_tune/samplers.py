@@ -59,14 +59,11 @@ def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
     """The parameter in Optuna's words."""
     if parameter.values is not None:
         return optuna.distributions.CategoricalDistribution(parameter.values)
-    assert parameter.low is not None
-    assert parameter.high is not None
+    low, high = parameter.bounds
     if parameter.type == "int":
         step = int(parameter.step or 1)
-        low, high = int(parameter.low), int(parameter.high)
-        return optuna.distributions.IntDistribution(low, high, step=step, log=parameter.log)
-    low_, high_ = float(parameter.low), float(parameter.high)
-    return optuna.distributions.FloatDistribution(low_, high_, step=parameter.step, log=parameter.log)
+        return optuna.distributions.IntDistribution(int(low), int(high), step=step, log=parameter.log)
+    return optuna.distributions.FloatDistribution(float(low), float(high), step=parameter.step, log=parameter.log)
 
 
 def suggest(trial: optuna.trial.Trial, name: str, parameter: Parameter) -> Any:

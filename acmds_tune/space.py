@@ -86,6 +86,17 @@ class Parameter(_Model):
     when: dict[str, list[Scalar]] | None = None
     """Searched only while another searched setting has one of these values: `{batch_policy: [free]}`."""
 
+    def applies(self, values: Mapping[str, Any]) -> bool:
+        """Whether the condition under `when` is met by the searched `values`."""
+        return all(values.get(other) in allowed for other, allowed in (self.when or {}).items())
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) of a range."""
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
 
 class Objective(_Model):
     """A figure to make large or small."""

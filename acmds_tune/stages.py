@@ -171,12 +171,11 @@ def default_values(space: Space) -> dict[str, Any]:
         if parameter.values is not None:
             result[name] = value if value in parameter.values else parameter.values[0]
         elif value is not None:
-            assert parameter.low is not None
-            assert parameter.high is not None
-            clipped = min(max(value, parameter.low), parameter.high)
+            low, high = parameter.bounds
+            clipped = min(max(value, low), high)
             if parameter.step is not None:
-                clipped = parameter.low + round((clipped - parameter.low) / parameter.step) * parameter.step
-            result[name] = type(parameter.low)(clipped)
+                clipped = low + round((clipped - low) / parameter.step) * parameter.step
+            result[name] = type(low)(clipped)
     return result
 
 
@@ -266,11 +265,7 @@ def _confirm(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defa
 def searched(space: Space, row: TrialRecord) -> dict[str, Any]:
     """The searched settings of a trial, those left out whose condition is not met."""
     values = {name: row.config[name] for name in space.search if name in row.config}
-    return {
-        name: value
-        for name, value in values.items()
-        if all(values.get(other) in allowed for other, allowed in (space.search[name].when or {}).items())
-    }
+    return {name: value for name, value in values.items() if space.search[name].applies(values)}
 
 
 def _first(sampled: Sequence[TrialRecord]) -> TrialRecord:

@@ -393,7 +393,7 @@ class SearchStudy:
         values: dict[str, Any] = {}
         for name in self._order:
             parameter = self.space.search[name]
-            if all(values.get(other) in allowed for other, allowed in (parameter.when or {}).items()):
+            if parameter.applies(values):
                 values[name] = suggest(trial, name, parameter)
         return values
 
