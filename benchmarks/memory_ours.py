@@ -69,7 +69,6 @@ class _PoolSource(DataSource):
     """The plant's images, which are on the device already, again and again."""
 
     def __init__(self, plant: Plant) -> None:
-        self.targets = None
         self.plant = plant
 
     def __len__(self) -> int:

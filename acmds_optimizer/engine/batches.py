@@ -143,11 +143,9 @@ class DataSource(ABC):
     """A data set that can be streamed in any order.
 
     Attributes:
-        targets: (n,) int64 labels where they are known without reading the images, else None.
         input_dtype: of the images that later streams give, where the source can give them rounded.
     """
 
-    targets: np.ndarray | None
     input_dtype = torch.float32
 
     @abstractmethod

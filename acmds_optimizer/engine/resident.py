@@ -34,12 +34,11 @@ class ResidentSource(DataSource):
         augment: bool,
         channels_last: bool = False,
     ) -> None:
-        self.targets: np.ndarray = targets
         self.spec = spec
         self.device = device
         self.may_augment = augment and spec.crop == "pad"
         self.images = _moved(images, device, channels_last and images.dim() == 4)
-        self.device_targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device)
+        self.targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64)).to(device)
         self.normalise = Normaliser(spec, device, channels_last)
         self.sized = self.images
         """The same images at the size that streams give."""
@@ -132,4 +131,4 @@ class ResidentStream(EpochStream):
             images = pick(source.sized, indices)
         else:
             images = self._shifts.cut(source.sized, indices, start, stop)
-        return source.normalise(images, source.input_dtype), source.device_targets.index_select(0, indices)
+        return source.normalise(images, source.input_dtype), source.targets.index_select(0, indices)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from acmds_optimizer.engine.batches import DataSource, EpochPart, EpochStream
 from acmds_optimizer.engine.decode import Chunk, ChunkReader
 from acmds_optimizer.engine.images import InputSpec, Normaliser, Shifts, draw_cutouts
-from acmds_optimizer.zoo.items import known_targets, length
+from acmds_optimizer.zoo.items import length
 
 
 class WorkerSource(DataSource):
@@ -39,7 +39,6 @@ class WorkerSource(DataSource):
         channels_last: bool = False,
     ) -> None:
         self._count = length(dataset)
-        self.targets = known_targets(dataset)
         self.spec = spec
         self.device = device
         self.may_augment = augment and spec.crop != "none"
