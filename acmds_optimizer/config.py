@@ -303,19 +303,19 @@ def field_names(config_type: type[CurriculumConfig] = TrainConfig) -> list[str]:
     return [field.name for field in dataclasses.fields(config_type)]
 
 
-def field_help(config_type: type[CurriculumConfig] = TrainConfig) -> dict[str, str]:
-    """The text under each field, by name."""
+def field_help() -> dict[str, str]:
+    """The text under each field of TrainConfig, by name."""
     texts = {}
-    for owner in reversed(config_type.__mro__):  # pydantic keeps a field's text only on the class that declares it
+    for owner in reversed(TrainConfig.__mro__):  # pydantic keeps a field's text only on the class that declares it
         for name, field in getattr(owner, "__pydantic_fields__", {}).items():
             if field.description:
                 texts[name] = field.description.replace("\n", " ")
     return texts
 
 
-def field_types(config_type: type[CurriculumConfig] = TrainConfig) -> dict[str, Any]:
-    """The type of each field, by name, without its bounds."""
-    return {name: field.annotation for name, field in config_type.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+def field_types() -> dict[str, Any]:
+    """The type of each field of TrainConfig, by name, without its bounds."""
+    return {name: field.annotation for name, field in TrainConfig.__pydantic_fields__.items()}  # type: ignore[attr-defined]
 
 
 def to_dict(config: CurriculumConfig) -> dict[str, Any]:

@@ -100,8 +100,8 @@ class CheckpointFolder:
             old.unlink()
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, tensors onto `device`.
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors onto the CPU.
 
     Raises:
         CheckpointError: no such file, a truncated one, or one that is not ours; nothing has been changed.
@@ -112,7 +112,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it has written
             damaged = archive.testzip()
         if damaged is not None:

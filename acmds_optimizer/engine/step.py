@@ -38,7 +38,6 @@ class TrainStep:
         channels_last: whether 4-d inputs are converted to NHWC.
         cuda_graphs: whether steps are replayed as graphs; auto: where that is 5 % faster.
         compiled: whether the model is compiled, once for each micro-batch size.
-        keep_logits: whether the logits come back beside the losses, for what the curriculum makes of them.
     """
 
     def __init__(
@@ -50,10 +49,10 @@ class TrainStep:
         channels_last: bool = False,
         cuda_graphs: bool | Literal["auto"] = False,
         compiled: bool = False,
-        keep_logits: bool = False,
     ) -> None:
         self.model = model
-        self.keep_logits = keep_logits
+        self.keep_logits = False
+        """Whether the logits come back beside the losses, for what the curriculum makes of them."""
         self.num_classes: int | None = None
         """Outputs that the labels need; None: not known."""
         self.input_dtype = torch.float32
