@@ -34,7 +34,7 @@ from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_pla
 from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.files import replacing
-from acmds_optimizer.memory.device import MemoryDevice, open_memory, prefer_expandable_segments, usable_device
+from acmds_optimizer.memory.device import open_memory, prefer_expandable_segments, usable_device
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.items import TensorImages
 from acmds_optimizer.zoo.models import build_model, freeze
@@ -86,7 +86,7 @@ def run_training(
             bundle = build_data(config)
             starting.enter_context(_waking(device))
             model = make_model(config, bundle)
-        memory = _open_memory(config)
+        memory = open_memory(config.device, config.memory_limit_gb)
         if not ranks.first:
             torch.manual_seed(config.seed + ranks.rank)  # dropout is to differ
         if memory.device.type == "cuda":
@@ -236,7 +236,9 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
     Raises:
         ACMDSError: not a checkpoint of this model, or data without validation samples.
     """
-    memory = _open_memory(config)
+    if config.device != "cpu":
+        prefer_expandable_segments()
+    memory = open_memory(config.device, config.memory_limit_gb)
     bundle = build_data(config)
     if bundle.val is None:
         raise DataError(f"{config.dataset}: nothing is held out for validation; give a val/ folder or --val-fraction")
@@ -366,19 +368,13 @@ def _waking(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    prefer_expandable_segments()
+    prefer_expandable_segments()  # the process is ours
     thread = threading.Thread(target=wake, name="acmds-wake", daemon=True)
     thread.start()
     try:
         yield
     finally:
         thread.join()  # also after an error: a process must not end while its CUDA begins
-
-
-def _open_memory(config: TrainConfig) -> MemoryDevice:
-    if config.device != "cpu":
-        prefer_expandable_segments()  # the process is ours
-    return open_memory(config.device, config.memory_limit_gb)
 
 
 def _continues(resume: Path | None, folder: Path) -> bool:
