@@ -338,21 +338,15 @@ def _with_settings(state: dict[str, Any], config: TrainConfig, optimizer: torch.
         CheckpointError: it belongs to another model or optimizer.
     """
     try:
-        return _with_these_settings(state, config, optimizer)
+        before = state["config"]
+        for name in ("model", "optimizer"):
+            if before.get(name, now := getattr(config, name)) != now:
+                raise CheckpointError(f"the checkpoint is of {name} {before[name]!r}, so it cannot go on as {now!r}")
+        state["schedule"]["base_lrs"] = [config.lr for _ in state["schedule"]["base_lrs"]]
+        for saved, asked in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
+            saved |= {name: asked[name] for name in ("weight_decay", "momentum", "nesterov") if name in asked}
     except (LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint is not whole: {error!r}") from None
-
-
-def _with_these_settings(
-    state: dict[str, Any], config: TrainConfig, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    before = state["config"]
-    for name in ("model", "optimizer"):
-        if before.get(name, now := getattr(config, name)) != now:
-            raise CheckpointError(f"the checkpoint is of {name} {before[name]!r}, so it cannot go on as {now!r}")
-    state["schedule"]["base_lrs"] = [config.lr for _ in state["schedule"]["base_lrs"]]
-    for saved, asked in zip(state["optimizer"]["param_groups"], optimizer.param_groups, strict=False):
-        saved |= {name: asked[name] for name in ("weight_decay", "momentum", "nesterov") if name in asked}
     return state
 
 
