@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.config import TrainConfig, build
 from acmds_optimizer.errors import ACMDSError, ConfigError, OutOfMemoryForGoodError
-from acmds_optimizer.files import replacing
+from acmds_optimizer.files import write_json
 from acmds_tune.columns import FIGURES
 
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ def _one_line(error: BaseException) -> str:
 def write_outcome(directory: Path, number: int, seed: int, ended: Ended) -> None:
     """Write outcome.json in the trial's folder: what becomes its row in trials.csv."""
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"trial": number, "seed": seed, **asdict(ended)}
-    with replacing(directory / "outcome.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "outcome.json", {"trial": number, "seed": seed, **asdict(ended)})
 
 
 def read_outcome(directory: Path) -> Ended | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig, build, field_names
+from acmds_optimizer.files import write_json
 from acmds_optimizer.memory import law
 from acmds_tune.baselines import until_error
 from acmds_tune.objective import Report, ShouldStop
@@ -270,7 +271,7 @@ def measure(settings: Mapping[str, Any], directory: Path, report: Report, should
         of_size = [row for row in rows if row["micro_batch"] == size]
         runs[size] = [*runs[size], *of_size[WARM_STEPS:]] if size in runs else of_size
     plant = fit(runs)
-    (directory / PLANT_FILE).write_text(json.dumps(asdict(plant), indent=2) + "\n", encoding="utf-8")
+    write_json(directory / PLANT_FILE, asdict(plant))
     return figures
 
 

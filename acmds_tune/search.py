@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from acmds_optimizer.console import console
+from acmds_optimizer.files import write_json
 from acmds_tune.commands import summary
 from acmds_tune.driver import INTERRUPTED, Driver
 from acmds_tune.journal import make_room
@@ -203,4 +203,4 @@ def _write_environment(directory: Path, resources: Mapping[str, Any]) -> None:
         "cpu_count": os.cpu_count(),
         "resources": dict(resources),
     }
-    (directory / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "environment.json", content)

@@ -22,7 +22,7 @@ from torch import nn
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.prepare import amp_dtype
-from acmds_optimizer.files import replacing
+from acmds_optimizer.files import write_json
 from acmds_optimizer.memory.guard import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,6 @@ def _remember(key: str, seconds: dict[str, float]) -> None:
     path = _file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(_read() | {key: seconds}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, _read() | {key: seconds})
     except OSError as error:
         logger.debug("probe results cannot be kept in %s: %s", path, error)

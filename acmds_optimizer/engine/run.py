@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -33,7 +32,7 @@ from acmds_optimizer.engine.scalars import ScalarLog, open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_plain, together
 from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
-from acmds_optimizer.files import replacing
+from acmds_optimizer.files import write_json
 from acmds_optimizer.memory.device import open_memory, prefer_expandable_segments, usable_device
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.items import TensorImages
@@ -422,9 +421,3 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return facts
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`; a reader sees the old file or the whole new one."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
