@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,19 +45,13 @@ def save(path: str | Path, state: dict[str, Any], *, also: Sequence[Path] = ()) 
 
 def _write(path: Path, state: dict[str, Any], also: Sequence[Path]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
         for other in also:
-            _second_name(Path(temporary), other)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            _second_name(temporary, other)
 
 
 def _second_name(path: Path, other: Path) -> None:
