@@ -7,7 +7,6 @@ The writers take the names and their order from here, and the tables in docs/rep
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -185,12 +184,17 @@ def with_current_tables(text: str) -> str:
         "events.csv": markdown_table(explained(EVENT_COLUMNS, telemetry.EVENT_COLUMNS)),
         "steps.csv": markdown_table(explained(STEP_COLUMNS, telemetry.STEP_COLUMNS)),
     }
+    return with_tables(text, tables)
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """`text` with what stands between its `<!-- table: NAME -->` and `<!-- end -->` marks replaced by that table."""
     for name, table in tables.items():
-        start = f"<!-- table: {name} -->"
-        pattern = re.compile(re.escape(start) + r".*?<!-- end -->", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"the page has no '{start}' ... '<!-- end -->'")
-        text = pattern.sub("\n".join([start, table, "<!-- end -->"]).replace("\\", r"\\"), text)
+        before, start, rest = text.partition(f"<!-- table: {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"the page has no '<!-- table: {name} -->' ... '<!-- end -->'")
+        text = f"{before}{start}\n{table}\n{end}{after}"
     return text
 
 

@@ -5,7 +5,6 @@ python -m acmds_tune.space_docs docs/search_spaces.md
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from acmds_tune.columns import with_tables
 from acmds_tune.space import Budget, Confirm, NeighbourStep, Parameter, Prescreen, Resources, Screen, Space, Timeouts
 from acmds_tune.space_aliases import (
     MOVED_KEYS,
@@ -56,14 +56,7 @@ def tables() -> dict[str, str]:
 
 def with_current_tables(text: str) -> str:
     """`text` of the page with the blocks between its `<!-- table: NAME -->` and `<!-- end -->` marks made anew."""
-    for name, table in tables().items():
-        start = f"<!-- table: {name} -->"
-        pattern = re.compile(re.escape(start) + r".*?<!-- end -->", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"the page has no '{start}' ... '<!-- end -->'")
-        block = f"{start}\n{table}\n<!-- end -->".replace("\\", r"\\")
-        text = pattern.sub(block, text)
-    return text
+    return with_tables(text, tables())
 
 
 def _model_table(model: type[BaseModel]) -> str:
