@@ -142,7 +142,7 @@ def run_search(
             return SearchResult(directory, best, driver.ending, study.missing, compared, confirmed)
     except BaseException as error:
         if study is not None:
-            with _uninterruptible():
+            with _signals_to(signal.SIG_IGN):  # takes a second or two, and is all that is left of the search
                 if driver is not None:
                     driver.abandon()
                 if isinstance(error, KeyboardInterrupt):
@@ -155,8 +155,7 @@ def run_search(
             study.close()
 
 
-@contextlib.contextmanager
-def _interruptible(driver: Driver) -> Iterator[None]:
+def _interruptible(driver: Driver) -> AbstractContextManager[None]:
     """The first Ctrl-C (or SIGTERM) ends the running trial and the search in order; the second ends it at once."""
 
     def handle(number: int, frame: object) -> None:
@@ -165,24 +164,15 @@ def _interruptible(driver: Driver) -> Iterator[None]:
         driver.interrupt()
         console().print("ending the running trial; press Ctrl-C again to stop at once")
 
+    return _signals_to(handle)
+
+
+@contextlib.contextmanager
+def _signals_to(handle: Any) -> Iterator[None]:
     previous = {}
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _uninterruptible() -> Iterator[None]:
-    """What is written now takes a second or two, and is all that is left of the search."""
-    previous = {}
-    with contextlib.suppress(ValueError):  # not in the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, signal.SIG_IGN)
     try:
         yield
     finally:
