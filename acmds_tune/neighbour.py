@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from acmds_tune.objective import share_done
+
 if TYPE_CHECKING:
     import torch
 
@@ -153,9 +155,7 @@ class Script:
 
     def follow(self, progress: Mapping[str, Any]) -> None:
         """The trial is so far."""
-        share = progress.get("step", 0) / max(1, progress.get("total_steps") or 1)
-        if self._seconds:
-            share = max(share, (progress.get("seconds") or 0.0) / self._seconds)
+        share = share_done(progress, self._seconds)
         while self._steps and share >= self._steps[0][0]:
             _, gb = self._steps.pop(0)
             self._hold(int(gb * GIB))

@@ -84,6 +84,14 @@ def figures_so_far(progress: Mapping[str, Any] | None) -> dict[str, Any]:
     return figures_of(values)
 
 
+def share_done(progress: Mapping[str, Any], max_seconds: float | None = None) -> float:
+    """How much of a trial is done by its progress report: of its steps, or of its seconds if nearer."""
+    done = progress.get("step", 0) / max(1, progress.get("total_steps") or 1)
+    if max_seconds:
+        done = max(done, (progress.get("seconds") or 0.0) / max_seconds)
+    return min(1.0, done)
+
+
 def _is_measured(value: Any) -> bool:
     return isinstance(value, bool | int | float) and math.isfinite(value)
 

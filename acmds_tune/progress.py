@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acmds_optimizer.console import console as shared_console
-from acmds_tune.objective import Ended
+from acmds_tune.objective import Ended, share_done
 
 ROWS = 16
 """Trials shown at once: the newest."""
@@ -101,7 +101,7 @@ class Display:
         """Trial `number` says how far it is."""
         row = self._rows[number]
         row.figures.update({key: value for key, value in progress.items() if value is not None})
-        row.share = min(1.0, progress.get("step", 0) / max(1, progress.get("total_steps") or 1))
+        row.share = share_done(progress)
 
     def ended(self, number: int, status: str, ended: Ended) -> None:
         """Trial `number` is over."""

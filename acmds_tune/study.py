@@ -29,7 +29,7 @@ from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.files import replacing
 from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
-from acmds_tune.objective import Ended, read_outcome
+from acmds_tune.objective import Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
 from acmds_tune.records import DONE, StudyRecord, ranked
@@ -444,7 +444,8 @@ class SearchStudy:
         if self.space.pruner == "none" or self._stage(number) not in SAMPLED:
             return False
         # on a grid, because the pruners compare trials that have a value at exactly the same step
-        percent = _percent(progress, self._seconds[number]) // PRUNER_REPORT_PERCENT * PRUNER_REPORT_PERCENT
+        percent = int(100 * share_done(progress, self._seconds[number]))
+        percent = percent // PRUNER_REPORT_PERCENT * PRUNER_REPORT_PERCENT
         value = progress.get({"train_loss": "loss"}.get(self.space.objective[0].name, self.space.objective[0].name))
         if value is None or not math.isfinite(value) or percent < self._percent.get(number, 0) + PRUNER_REPORT_PERCENT:
             return False
@@ -591,13 +592,6 @@ def serve_dashboard(directory: Path, port: int) -> None:
 
 def _plain(value: Any) -> str:
     return "not measured" if value is None else f"{value:g}"
-
-
-def _percent(progress: Mapping[str, Any], seconds: float | None) -> int:
-    done = progress.get("step", 0) / max(1, progress.get("total_steps") or 1)
-    if seconds:
-        done = max(done, (progress.get("seconds") or 0.0) / seconds)
-    return min(100, int(100 * done))
 
 
 def fingerprint(space: Space) -> dict[str, Any]:
