@@ -94,8 +94,7 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
             return Extra("anchor", DEFAULT, default, seed=_first(sampled).seed)
     if len(sampled) < wanted and not (enough and sampled):
         return Sample(stage)
-    agenda = (_train, _baselines, _confirm)
-    for part in agenda:
+    for part in (_train, _baselines, _confirm):
         later = part(space, study, rows, default)
         if later is not None:
             return later
@@ -105,25 +104,22 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
 def left(space: Space, study: StudyRecord) -> int:
     """Trials of the first stages still to be started; the later ones are not known before."""
     rows = [row for row in study.trials if not row.interrupted]
-    wanted = space.screen.trials or space.trials
-    stage = "screen" if space.screen.trials else "search"
-    return max(0, wanted - _count(rows, stage)) + (
-        max(0, space.trials - _count(rows, "train")) if space.screen.trials else 0
-    )
+    if not space.screen.trials:
+        return max(0, space.trials - _count(rows, "search"))
+    return max(0, space.screen.trials - _count(rows, "screen")) + max(0, space.trials - _count(rows, "train"))
 
 
 def planned(space: Space) -> int:
     """Trials that a whole study will have, as far as can be told beforehand."""
-    count = space.screen.trials or space.trials
-    count += bool(space.prescreen.keep)
-    count += (space.screen.trials or space.trials) // space.anchor_every if space.anchor_every else 0
-    return count + planned_after(space)
+    first = space.screen.trials or space.trials
+    anchors = first // space.anchor_every if space.anchor_every else 0
+    return first + bool(space.prescreen.keep) + anchors + planned_after(space)
 
 
 def planned_after(space: Space) -> int:
     """Those of them that come after what the sampler proposes."""
     count = space.trials if space.screen.trials else 0
-    count += {True: 3, False: 0}[FIXED in space.baselines] + (HALVING in space.baselines)
+    count += 3 * (FIXED in space.baselines) + (HALVING in space.baselines)
     compared = (DEFAULT in space.baselines) + (FIXED in space.baselines)
     return count + (space.confirm.top + compared) * space.confirm.seeds * bool(space.confirm.top)
 
@@ -187,9 +183,8 @@ def largest_batch(space: Space, default: Mapping[str, Any]) -> int:
     else:
         largest = max(searched_sizes.values) if searched_sizes.values else searched_sizes.high  # type: ignore[type-var]
     settings = {**to_dict(TrainConfig()), **space.settings(default)}
-    if settings["batch_policy"] == "hold":  # a micro-batch has at most the samples of a step
-        effective = settings["effective_batch_size"] or settings["max_batch_size"]
-        largest = min(int(largest), int(effective)) if settings["effective_batch_size"] else largest
+    if settings["batch_policy"] == "hold" and settings["effective_batch_size"]:
+        largest = min(largest, settings["effective_batch_size"])  # a micro-batch has at most the samples of a step
     return int(largest)
 
 
@@ -207,9 +202,7 @@ def _held(space: Space, default: Mapping[str, Any], batch: int) -> dict[str, Any
     settings = {**to_dict(TrainConfig()), **space.settings(default)}
     held: dict[str, Any] = {"min_batch_size": batch, "max_batch_size": batch}
     if settings["batch_policy"] == "hold":
-        held["effective_batch_size"] = settings["effective_batch_size"] or settings["max_batch_size"]
-        if held["effective_batch_size"] < batch:
-            held["effective_batch_size"] = batch
+        held["effective_batch_size"] = max(batch, settings["effective_batch_size"] or settings["max_batch_size"])
     return held
 
 
