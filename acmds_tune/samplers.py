@@ -45,14 +45,11 @@ class OnlySampled(optuna.Study):
 
 def contains(parameter: Parameter, value: Any) -> bool:
     """`value` may be proposed."""
-    return value is not None and bool(distribution(parameter)._contains(_internal(parameter, value)))
-
-
-def _internal(parameter: Parameter, value: Any) -> float:
+    kind = distribution(parameter)
     try:
-        return float(distribution(parameter).to_internal_repr(value))
+        return value is not None and bool(kind._contains(float(kind.to_internal_repr(value))))
     except ValueError:
-        return -1.0
+        return False
 
 
 def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
