@@ -37,7 +37,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks import neighbour as neighbour_process
+from acmds_tune.neighbour import serve
 from benchmarks.memory_scenarios import SCENARIOS, Scenario, Setting
 from benchmarks.memory_systems import Known
 
@@ -239,7 +239,7 @@ class Bench:
             if scenario.name == "neighbour" and self.setting.device != "cpu":
                 near, link = self._context.Pipe()
                 held = self._context.Value("d", 0.0)
-                other = self._start(neighbour_process.serve, (near, held, self.setting.device))
+                other = self._start(serve, (near, held, self.setting.device))
                 near.close()
             extra = (link, held)
         process = self._start(getattr(memory_child, task), (theirs, *arguments, *extra))

@@ -16,9 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from acmds_tune.neighbour import GIB, PIECE_BYTES, POLL_S, Holder, serve
-
-__all__ = ["PIECE_BYTES", "Holder", "main", "parse", "play", "serve"]
+from acmds_tune.neighbour import GIB, POLL_S, Holder
 
 
 def parse(words: Sequence[str]) -> list[tuple[str, float]]:

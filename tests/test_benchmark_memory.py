@@ -21,6 +21,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # benchmarks/ is run from the repository, never installed
 
+from acmds_tune.neighbour import PIECE_BYTES, Holder  # noqa: E402
 from benchmarks import memory, memory_child, memory_systems, neighbour  # noqa: E402
 from benchmarks.memory_plant import Meter, Neighbour, Plant  # noqa: E402
 from benchmarks.memory_scenarios import Probe, Scenario, Setting, best_batch, grid, largest_batch  # noqa: E402
@@ -75,7 +76,7 @@ def test_offline_sizes_are_four_an_octave():
 # --- the neighbour
 
 
-class SmallCard(neighbour.Holder):
+class SmallCard(Holder):
     """A holder on a card with a number of free bytes."""
 
     def __init__(self, free_bytes: int) -> None:
@@ -87,7 +88,7 @@ class SmallCard(neighbour.Holder):
 
 
 def test_the_neighbour_takes_what_is_free_and_the_rest_once_it_is():
-    piece = neighbour.PIECE_BYTES
+    piece = PIECE_BYTES
     holder = SmallCard(3 * piece)
     holder.take(5 * piece)
     assert holder.poll()

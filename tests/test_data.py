@@ -24,7 +24,7 @@ from acmds_optimizer.config import CurriculumConfig, TrainConfig
 from acmds_optimizer.curriculum.resolution import averaged
 from acmds_optimizer.engine import data as data_module
 from acmds_optimizer.engine import decode
-from acmds_optimizer.engine.data import Batch, DataSource, ResidentSource, WorkerSource
+from acmds_optimizer.engine.batches import Batch, DataSource
 from acmds_optimizer.engine.images import (
     InputSpec,
     Normaliser,
@@ -34,7 +34,8 @@ from acmds_optimizer.engine.images import (
     random_box,
     sample_rng,
 )
-from acmds_optimizer.engine.resident import ResidentStream
+from acmds_optimizer.engine.resident import ResidentSource, ResidentStream
+from acmds_optimizer.engine.workers import WorkerSource
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo import datasets
 from acmds_optimizer.zoo.datasets import DataBundle

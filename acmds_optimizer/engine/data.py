@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from acmds_optimizer.config import GIB, CurriculumConfig, TrainConfig
-from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
+from acmds_optimizer.engine.batches import DataSource
 from acmds_optimizer.engine.decode import decode_all, resolve_workers
 from acmds_optimizer.engine.decoded import decoded_once
 from acmds_optimizer.engine.images import InputSpec
@@ -97,6 +97,3 @@ def resident_bytes(dataset: Dataset[Any], spec: InputSpec, limit_bytes: int = RE
     total = length(dataset) * spec.item_bytes
     by_workers = spec.crop == "resized" or spec.auto_augment != "none" or not is_fixed(dataset)
     return 0 if by_workers or total > limit_bytes else total
-
-
-__all__ = ["Batch", "DataSource", "EpochStream", "ResidentSource", "WorkerSource", "make_source"]

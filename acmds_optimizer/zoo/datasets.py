@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from acmds_optimizer.config import TrainConfig, nearest
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
-from acmds_optimizer.zoo.folders import VALIDATION_NAMES, read_folder, stratified_split
+from acmds_optimizer.zoo.folders import read_folder, stratified_split
 from acmds_optimizer.zoo.hub import load_hub
 from acmds_optimizer.zoo.imports import load_callable
 from acmds_optimizer.zoo.items import TensorImages, known_targets, length, probe
@@ -305,5 +305,3 @@ NAMED: dict[str, Callable[[TrainConfig], DataBundle]] = {
     "cifar100": _cifar,
     "imagenet": _imagenet,
 }
-
-__all__ = ["NAMED", "VALIDATION_NAMES", "DataBundle", "build_data", "describe"]
