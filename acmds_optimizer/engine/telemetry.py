@@ -57,7 +57,7 @@ EVENT_COLUMNS = {
     "step": "number of the optimizer step",
     "epoch": "number of the epoch",
     "seconds": "seconds since the training began",
-    "kind": "out_of_memory, neighbour_change, emergency_gc, noise_gate, resolution or fallback",
+    "kind": "out_of_memory, neighbour_change, emergency_gc, noise_gate or resolution",
     "micro_batch": "micro-batch when it happened",
     "next_micro_batch": "micro-batch after it",
     "budget_gb": "what the process may hold after it",
