@@ -669,15 +669,6 @@ def test_of_a_study_of_something_else_only_the_best_settings_are_taken(
     assert all(each.values["max_batch_size"] <= 20 for each in started)
 
 
-@pytest.mark.parametrize("sampler", ["qmc", "cmaes"])
-def test_the_other_samplers_propose_within_the_space_too(run: Callable[..., Any], sampler: str) -> None:
-    if sampler == "cmaes":
-        pytest.importorskip("cmaes", reason="the sampler needs the package cmaes")
-    _, started = run(TEXT.replace("trials: 4", "trials: 14") + f"sampler: {sampler}\n", fits_64)
-    assert len({each.values["lr"] for each in started}) == 14
-    assert all(16 <= each.values["max_batch_size"] <= 256 for each in started)
-
-
 def test_a_sampler_whose_package_is_missing_is_refused_before_there_is_a_study(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -416,14 +416,18 @@ def test_without_a_measured_value_nothing_is_pruned(create: Callable[..., Search
         assert not study.should_prune(number, {"step": 50, "total_steps": 100, "val_loss": value})
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "cmaes"])
 def test_every_sampler_proposes_within_the_space(create: Callable[..., SearchStudy], sampler: str) -> None:
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes", reason="the sampler needs the package cmaes")
     study = create(TEXT.replace("trials: 6", "trials: 12") + f"sampler: {sampler}\n")
+    rates = set()
     for number in range(12):
         proposal = study.propose()
         assert 0.0001 <= proposal.values["lr"] <= 0.1
+        rates.add(proposal.values["lr"])
         ended = (
             Ended("oom", "why", {}, 1.0) if number % 3 == 1 else Ended("ok", "", figures(proposal.values["lr"]), 1.0)
         )
         study.finish(proposal.number, ended)
-    assert study.missing == 0
+    assert (len(rates), study.missing) == (12, 0)
