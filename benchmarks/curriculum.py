@@ -180,12 +180,6 @@ def work(data: str, device: str, record: Path | None, specs: Any, rows: Any) -> 
 def plan(arguments: argparse.Namespace) -> list[Spec]:
     """All runs asked for, the most wanted first: a seed at a time, all conditions of it, all arms side by side."""
     lr = arguments.lr or [SPEED[arguments.suite]["lr"]]
-    if arguments.runs:
-        runs = [text.split(",") for text in arguments.runs]
-        return [
-            Spec(arguments.suite, spaced(condition), int(epochs), arm, int(seed), lr[0])
-            for condition, epochs, arm, seed in runs
-        ]
     specs = [
         Spec(arguments.suite, condition, epochs, arm, seed, rate)
         for seed in range(arguments.seeds)
@@ -308,7 +302,6 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", help="clean, noise20, imbalanced20 and so on")
     parser.add_argument("--budgets", type=int, nargs="*", help="epochs of plain shuffling stopped early")
     parser.add_argument("--lr", type=float, nargs="+")
-    parser.add_argument("--runs", nargs="+", help="these alone, in this order: noise20,30,auto,0 (epochs, arm, seed)")
     parser.add_argument("--record", help="folder for what the noise gate sees, one .npz a run of auto or watch")
     parser.add_argument("--deadline", type=float, help="seconds")
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ from benchmarks.throughput import Cell, System, config_of, eager, ours
 
 _WARM_UP, _STEPS = 30, 20
 _IMAGES = 25_000
+_ROWS = 12
 
 
 def kernels(system: System) -> tuple[Counter[str], Counter[str], float]:
@@ -47,7 +48,6 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18", help="of torchvision (default: resnet18)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--batch", type=int, default=256, help="samples of a step (default: 256)")
-    parser.add_argument("--rows", type=int, default=12, help="kernels to show (default: 12)")
     options = parser.parse_args()
     set_up_cuda(CurriculumConfig())
     cell = Cell(options.model, options.image_size, torch.device("cuda"), _IMAGES)
@@ -55,7 +55,7 @@ def main() -> None:
     system, trainer = ours(cell, config_of(options.batch))
     mine, my_calls, my_wall = kernels(system)
     trainer.shutdown()
-    names = sorted(mine | plain, key=lambda name: -abs(mine[name] - plain[name]))[: options.rows]
+    names = sorted(mine | plain, key=lambda name: -abs(mine[name] - plain[name]))[:_ROWS]
     rows: list[tuple[float, float, float, float, str]] = [
         (mine[name], my_calls[name], plain[name], plain_calls[name], name) for name in names
     ]

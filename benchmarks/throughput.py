@@ -29,7 +29,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +395,7 @@ def jpeg(bench: Bench, options: argparse.Namespace) -> None:
             noise = rng.normal(0, 8, (500, 500, 3))
             Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
         config = TrainConfig(
-            model="resnet18", dataset=folder, image_size=224, device=str(bench.device), epochs=options.jpeg_epochs,
+            model="resnet18", dataset=folder, image_size=224, device=str(bench.device), epochs=3,
             min_batch_size=128, max_batch_size=128, amp_dtype="bf16", channels_last=True,
             num_workers=max(1, (os.cpu_count() or 2) - 1),
         )  # fmt: skip
@@ -414,7 +413,7 @@ def jpeg(bench: Bench, options: argparse.Namespace) -> None:
         where = {"part": "jpeg", "model": "resnet18", "image_size": 224, "batch": 128, "status": "ok"}
         bench.row(**where, system="workers", images_per_second=rates[-1], rounds=1)
         cell = Cell("resnet18", 224, bench.device, 512)
-        system, trainer = ours(cell, replace(config_of(128)))
+        system, trainer = ours(cell, config_of(128))
         bench._timed(system, 20)
         took, samples = bench._timed(system, 60 if bench.device.type == "cuda" else 2)
         trainer.shutdown()
@@ -472,7 +471,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--folder", help="of 32-px images, for the parts cifar and first")
     add("--jpegs", type=int, default=16_000, help="files of the part jpeg (default: 16000)")
-    add("--jpeg-epochs", type=int, default=3, help="of the part jpeg (default: 3)")
     add("--seconds", type=float, default=0.4, help="length of a block (default: 0.4)")
     add("--rounds", type=int, default=3, help="blocks of each system that count (default: 3)")
     add("--deadline", type=float, metavar="S", help="start no row later than S seconds after the start")
