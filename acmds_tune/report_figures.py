@@ -94,6 +94,12 @@ def hover(trial: TrialRecord, searched: Sequence[str]) -> str:
     return "<br>".join(lines)
 
 
+def trace(mode: str, name: str, points: Sequence[tuple[Any, Any]], **more: Any) -> Figure:
+    """Lines or markers through (x, y) points."""
+    x, y = [point[0] for point in points], [point[1] for point in points]
+    return {"type": "scatter", "mode": mode, "name": name, "x": x, "y": y, **more}
+
+
 def scatter(study: StudyRecord, marked: Marked, points: Mapping[int, tuple[float, float]]) -> list[Figure]:
     """One trace a status, in the order of SYMBOLS, and a ring around each trial of `marked`.
 
@@ -110,31 +116,19 @@ def scatter(study: StudyRecord, marked: Marked, points: Mapping[int, tuple[float
         good = status == "ok"
         colour, line = (ACCENT, {"width": 0}) if good else (GREY, {"width": 1.5})
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "feasible" if good else status,
-                "x": [points[trial.number][0] for trial in trials],
-                "y": [points[trial.number][1] for trial in trials],
-                "text": [hover(trial, study.searched) for trial in trials],
-                "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"symbol": symbol, "size": 9, "color": colour, "line": line, "opacity": 0.85},
-            }
+            trace(
+                "markers",
+                "feasible" if good else status,
+                [points[trial.number] for trial in trials],
+                text=[hover(trial, study.searched) for trial in trials],
+                hovertemplate="%{text}<extra></extra>",
+                marker={"symbol": symbol, "size": 9, "color": colour, "line": line, "opacity": 0.85},
+            )
         )
     for symbol, (name, trial) in zip(("circle-open", "diamond-open"), marked.items(), strict=False):
         if trial.number in points:
-            x, y = points[trial.number]
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": name,
-                    "x": [x],
-                    "y": [y],
-                    "hoverinfo": "skip",
-                    "marker": {"symbol": symbol, "size": 17, "color": INK, "line": {"width": 2}},
-                }
-            )
+            ring = {"symbol": symbol, "size": 17, "color": INK, "line": {"width": 2}}
+            traces.append(trace("markers", name, [points[trial.number]], hoverinfo="skip", marker=ring))
     return traces
 
 
@@ -180,15 +174,7 @@ def pareto(study: StudyRecord, marked: Marked) -> Figure | None:
     feasible = [points[trial.number] for trial in study.feasible if trial.number in points]
     front = pareto_front([(pair[0].cost(x), pair[1].cost(y)) for x, y in feasible])
     line = sorted(feasible[position] for position in front)
-    edge = {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "Pareto front",
-        "x": [x for x, _ in line],
-        "y": [y for _, y in line],
-        "line": {"color": PALE, "width": 2},
-        "hoverinfo": "skip",
-    }
+    edge = trace("lines", "Pareto front", line, line={"color": PALE, "width": 2}, hoverinfo="skip")
     arrows = {"maximize": "higher is better", "minimize": "lower is better"}
     titles = [f"{label(objective.name)}, {arrows[objective.direction]}" for objective in pair]
     return {
@@ -213,17 +199,12 @@ def history(study: StudyRecord, marked: Marked) -> Figure | None:
         value = trial.values[0] if trial.values else math.nan
         if not so_far or objective.cost(value) < objective.cost(so_far[-1][1]):
             so_far.append((trial.number, value))
-    line = {
-        "type": "scatter",
-        "mode": "lines",
-        "name": "best so far",
-        "x": [*(x for x, _ in so_far), last],
-        "y": [*(y for _, y in so_far), so_far[-1][1] if so_far else None],
-        "line": {"color": PALE, "width": 2, "shape": "hv"},
-        "hoverinfo": "skip",
-    }
+    data = [*baseline_lines(study), *scatter(study, marked, points)]
+    if so_far:
+        steps = [*so_far, (last, so_far[-1][1])]
+        line = {"color": PALE, "width": 2, "shape": "hv"}
+        data.insert(0, trace("lines", "best so far", steps, line=line, hoverinfo="skip"))
     x_axis = axis("Trial", tickformat="d", range=[-1, last + 1], **({"dtick": 1} if last < 10 else {}))
-    data = [*([line] if so_far else []), *baseline_lines(study), *scatter(study, marked, points)]
     return {"data": data, "layout": layout(xaxis=x_axis, yaxis=axis(label(objective.name)))}
 
 
@@ -236,15 +217,13 @@ def baseline_lines(study: StudyRecord) -> list[Figure]:
             values.setdefault(trial.label, trial.values[0])
     last = study.trials[-1].number if study.trials else 0
     return [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": html.escape(label, quote=False),
-            "x": [0, last],
-            "y": [value, value],
-            "line": {"color": INK, "width": 1, "dash": dash},
-            "hovertemplate": f"{html.escape(label, quote=False)}: {number(value)}<extra></extra>",
-        }
+        trace(
+            "lines",
+            html.escape(label, quote=False),
+            [(0, value), (last, value)],
+            line={"color": INK, "width": 1, "dash": dash},
+            hovertemplate=f"{html.escape(label, quote=False)}: {number(value)}<extra></extra>",
+        )
         for dash, (label, value) in zip(("dash", "dot", "dashdot", "longdash"), values.items(), strict=False)
     ]
 
@@ -274,21 +253,20 @@ def slices(study: StudyRecord) -> Figure | None:
         )
         for good in (False, True):
             shown = [row for row in rows if row.feasible is good]
+            settings = [row.config.get(name) if plain else setting_text(row.config.get(name)) for row in shown]
             data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": "feasible" if good else "not feasible",
-                    "showlegend": position == 0,
-                    "legendgroup": str(good),
-                    "x": [row.config.get(name) if plain else setting_text(row.config.get(name)) for row in shown],
-                    "y": [row.figures[objective.name] for row in shown],
-                    "xaxis": f"x{number_}",
-                    "yaxis": f"y{number_}",
-                    "text": [hover(row, study.searched) for row in shown],
-                    "hovertemplate": "%{text}<extra></extra>",
-                    "marker": {"size": 7, "color": ACCENT if good else GREY, "opacity": 0.8 if good else 0.5},
-                }
+                trace(
+                    "markers",
+                    "feasible" if good else "not feasible",
+                    list(zip(settings, (row.figures[objective.name] for row in shown), strict=True)),
+                    showlegend=position == 0,
+                    legendgroup=str(good),
+                    xaxis=f"x{number_}",
+                    yaxis=f"y{number_}",
+                    text=[hover(row, study.searched) for row in shown],
+                    hovertemplate="%{text}<extra></extra>",
+                    marker={"size": 7, "color": ACCENT if good else GREY, "opacity": 0.8 if good else 0.5},
+                )
             )
     return {"data": data, "layout": layout(110 + 210 * lines, **axes)}
 
