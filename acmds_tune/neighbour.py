@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from acmds_optimizer.config import GIB
 from acmds_tune.objective import share_done
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 1024**3
 PIECE_BYTES = GIB // 4
 POLL_S = 0.02
 _BALLAST_PIECE_BYTES = 4 * GIB

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acmds_optimizer.config import CurriculumConfig
+from acmds_optimizer.config import GIB, CurriculumConfig
 from acmds_optimizer.engine.prepare import set_up_cuda
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading, open_memory
 from acmds_optimizer.memory.guard import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
-from benchmarks.memory_scenarios import GIB, Scenario, Setting
+from benchmarks.memory_scenarios import Scenario, Setting
 
 _WARM_STEPS = 20
 _TIMELINE_POINTS = 4000

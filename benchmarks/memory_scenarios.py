@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-GIB = 1024**3
+from acmds_optimizer.config import GIB
+
 SCENARIOS = ("static", "neighbour", "growing", "heavy", "cold")
 _SIDES = (4 / 7, 5 / 7, 6 / 7, 1.0)
 _PARETO_SHAPE = 5.0

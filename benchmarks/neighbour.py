@@ -16,7 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from acmds_tune.neighbour import GIB, POLL_S, Holder
+from acmds_optimizer.config import GIB
+from acmds_tune.neighbour import POLL_S, Holder
 
 
 def parse(words: Sequence[str]) -> list[tuple[str, float]]:

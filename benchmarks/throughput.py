@@ -38,7 +38,7 @@ import torchvision
 from torch import nn
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig
-from acmds_optimizer.config import TrainConfig
+from acmds_optimizer.config import GIB, TrainConfig
 from acmds_optimizer.engine.images import InputSpec
 from acmds_optimizer.engine.prepare import set_up_cuda
 from acmds_optimizer.engine.resident import ResidentSource
@@ -63,7 +63,6 @@ COLUMNS = {
     "seconds_before": "from building it to the end of its warm-up; in part first, to the first step",
     "rounds": "blocks that count",
 }
-GIB = 2**30
 CAP_GB, HEADROOM_GB = 23.2, 3.0
 _MODELS = ("resnet18", "resnet50", "resnet101", "efficientnet_b0")
 _DISTINCT_JPEGS = 500
