@@ -158,12 +158,12 @@ class ACMDSTrainer:
             self.dataset = dataset
         else:
             self.dataset = DifficultyAwareDataset(dataset, alpha=self.config.curriculum_alpha)
-        self._num_classes = bundle.num_classes if bundle is not None else None
-        self.feedback = Feedback(self.dataset.scores, self.config, self.device, self._num_classes)
+        num_classes = bundle.num_classes if bundle is not None else None
+        self.feedback = Feedback(self.dataset.scores, self.config, self.device, num_classes)
         self.train_step.keep_logits = self.feedback.needs_logits
-        self.train_step.num_classes = self._num_classes
-        self.scores = PendingScores(self.feedback, self.ranks, self._num_classes)
-        self.mixing = Mixing(self.config, self._num_classes, bundle.image_shape if bundle is not None else None)
+        self.train_step.num_classes = num_classes
+        self.scores = PendingScores(self.feedback, self.ranks, num_classes)
+        self.mixing = Mixing(self.config, num_classes, bundle.image_shape if bundle is not None else None)
         source = partial(
             make_source, config=self.config, device=self.device, channels_last=self.train_step.channels_last
         )
