@@ -8,41 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-Pacing = Callable[[float, float], float]
-
-
-def _linear(t: float, s: float) -> float:
-    return s + (1.0 - s) * t
-
-
-def _root(t: float, s: float) -> float:
-    return math.sqrt(s * s + (1.0 - s * s) * t)
-
-
-def _quadratic(t: float, s: float) -> float:
-    return s + (1.0 - s) * t * t
-
-
-def _exponential(t: float, s: float) -> float:
-    return s + (1.0 - s) * math.expm1(10.0 * t) / math.expm1(10.0)
-
-
-def _logarithmic(t: float, s: float) -> float:
-    return s + (1.0 - s) * max(0.0, 1.0 + 0.1 * math.log(t + math.exp(-10.0)))
-
-
-def _step(t: float, s: float) -> float:
-    return 1.0 if t >= 1.0 else s
-
-
-PACING: dict[str, Pacing] = {
+PACING: dict[str, Callable[[float, float], float]] = {
     "none": lambda t, s: 1.0,
-    "linear": _linear,
-    "root": _root,
-    "quadratic": _quadratic,
-    "exponential": _exponential,
-    "logarithmic": _logarithmic,
-    "step": _step,
+    "linear": lambda t, s: s + (1.0 - s) * t,
+    "root": lambda t, s: math.sqrt(s * s + (1.0 - s * s) * t),
+    "quadratic": lambda t, s: s + (1.0 - s) * t * t,
+    "exponential": lambda t, s: s + (1.0 - s) * math.expm1(10.0 * t) / math.expm1(10.0),
+    "logarithmic": lambda t, s: s + (1.0 - s) * max(0.0, 1.0 + 0.1 * math.log(t + math.exp(-10.0))),
+    "step": lambda t, s: 1.0 if t >= 1.0 else s,
 }
 """By name. linear and root: Platanios et al., 2019 (competence-based curriculum). quadratic, exponential,
 logarithmic and step: Wu, Dyer and Neyshabur, 2021 (When do curricula work?), appendix."""
