@@ -273,7 +273,8 @@ def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
     names = ["samples_per_second", "oom_events", "peak_reserved_gb", "headroom_min_gb", "headroom_breach_fraction"]
     names += ["batch_size_mean", "val_loss", "val_accuracy"]
     heads = ["trial", "stage", "status", *names, "seconds", *study.searched]
-    wordy = {name for name in study.searched if any(is_word(trial.config.get(name)) for trial in study.trials)}
+    # columns with a word in them are aligned to the left
+    wordy = {n for n in study.searched if any(isinstance(row.config.get(n), (str, bool)) for row in study.trials)}
     aligned = {name: "" if name in ("stage", "status") or name in wordy else " class=n" for name in heads}
     rows = []
     for trial in study.trials[:MOST_ROWS]:
@@ -290,11 +291,6 @@ def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
         'more columns; docs/reports.md says what they mean.</p><div class="wide"><table class="trials">'
         f"<thead><tr>{titles}</thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
-
-
-def is_word(value: Any) -> bool:
-    """`value` is shown as a word, so its column is aligned to the left."""
-    return isinstance(value, (str, bool))
 
 
 def bad_ends(study: StudyRecord) -> str:
