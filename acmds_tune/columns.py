@@ -1,4 +1,4 @@
-"""Every column of trials.csv, events.csv and steps.csv: its type, unit and meaning, once.
+"""Every column of trials.csv and events.csv: its type, unit and meaning; the trainer has those that it writes itself.
 
 The writers take the names and their order from here, and the tables in docs/reports.md are made from here:
 
@@ -9,30 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from acmds_optimizer.engine import columns
+from acmds_optimizer.engine.columns import Column
 
 CONFIG_PREFIX = "config/"
 """Before the name of a searched setting in trials.csv."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table.
-
-    Attributes:
-        name: header in the CSV file, also the key in a trial's user attributes.
-        dtype: what pandas.read_csv gives without arguments: int, float, bool or str.
-            An int is always written; an empty cell, which pandas reads as NaN, is only in float and str columns.
-        unit: unit of the values; empty for names, counts and flags.
-        meaning: one sentence; empty here for what the trainer writes, see `explained`.
-    """
-
-    name: str
-    dtype: str
-    unit: str
-    meaning: str = ""
-
 
 STATUSES: dict[str, str] = {
     "ok": "ran to its end and kept every constraint",
@@ -98,49 +81,8 @@ _TAIL = (
 
 EVENT_COLUMNS = (
     Column("trial", "int", "", "Number of the trial, as in trials.csv; only in the file of the whole study."),
-    Column("step", "int", ""),
-    Column("epoch", "int", ""),
-    Column("seconds", "float", "s"),
-    Column("kind", "str", ""),
-    Column("micro_batch", "int", "samples"),
-    Column("next_micro_batch", "int", "samples"),
-    Column("budget_gb", "float", "GB"),
-    Column("peak_gb", "float", "GB"),
-    Column("shortage_gb", "float", "GB"),
-    Column("attempt", "int", ""),
-    Column("recovered", "bool", ""),
-    Column("message", "str", ""),
+    *columns.EVENT_COLUMNS.values(),
 )
-"""What the trainer writes, after the number of the trial; its telemetry.py has the meanings."""
-
-STEP_COLUMNS = (
-    Column("step", "int", ""),
-    Column("epoch", "int", ""),
-    Column("samples_seen", "int", "samples"),
-    Column("effective_batch", "int", "samples"),
-    Column("micro_batch", "int", "samples"),
-    Column("micro_batches", "int", ""),
-    Column("predicted_peak_gb", "float", "GB"),
-    Column("peak_allocated_gb", "float", "GB"),
-    Column("reserved_gb", "float", "GB"),
-    Column("budget_gb", "float", "GB"),
-    Column("headroom_gb", "float", "GB"),
-    Column("target_headroom_gb", "float", "GB"),
-    Column("feed_forward_samples", "float", "samples"),
-    Column("pid_p", "float", ""),
-    Column("pid_i", "float", ""),
-    Column("pid_d", "float", ""),
-    Column("trim", "float", ""),
-    Column("next_micro_batch", "int", "samples"),
-    Column("reason", "str", ""),
-    Column("oom_events", "int", ""),
-    Column("alloc_retries", "int", ""),
-    Column("seconds", "float", "s"),
-    Column("loss", "float", "nats"),
-    Column("lr", "float", ""),
-    Column("difficulty_mean", "float", "0 to 1"),
-)
-"""What the trainer writes; its telemetry.py has the meanings."""
 
 
 def trial_columns(searched: Sequence[str]) -> list[str]:
@@ -160,13 +102,6 @@ def described_trial_columns() -> list[Column]:
     return [*_HEAD, setting, *FIGURES, *_TAIL]
 
 
-def explained(columns: Sequence[Column], meanings: Mapping[str, str]) -> list[Column]:
-    """`columns` with the trainer's words for those that have none here."""
-    # a first word like out_of_memory is a value, and stays as it is written
-    begun = {name: text if "_" in text.split()[0] else text[:1].upper() + text[1:] for name, text in meanings.items()}
-    return [column if column.meaning else replace(column, meaning=f"{begun[column.name]}.") for column in columns]
-
-
 def markdown_table(columns: Iterable[Column]) -> str:
     """A Markdown table of `columns`, one row each."""
     rows = [f"| `{column.name}` | {column.dtype} | {column.unit} | {column.meaning} |" for column in columns]
@@ -175,14 +110,12 @@ def markdown_table(columns: Iterable[Column]) -> str:
 
 def with_current_tables(text: str) -> str:
     """`text` of docs/reports.md with the tables between its `<!-- table: NAME -->` marks made anew."""
-    from acmds_optimizer.engine import telemetry  # imports torch, which who writes a table need not wait for
-
     tables = {
         "trials.csv": markdown_table(described_trial_columns()),
         "status": "\n".join(f"- `{status}`: {meaning}." for status, meaning in STATUSES.items()),
         "stage": "\n".join(f"- `{stage}`: {meaning}." for stage, meaning in STAGES.items()),
-        "events.csv": markdown_table(explained(EVENT_COLUMNS, telemetry.EVENT_COLUMNS)),
-        "steps.csv": markdown_table(explained(STEP_COLUMNS, telemetry.STEP_COLUMNS)),
+        "events.csv": markdown_table(EVENT_COLUMNS),
+        "steps.csv": markdown_table(columns.STEP_COLUMNS.values()),
     }
     return with_tables(text, tables)
 

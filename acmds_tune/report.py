@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acmds_optimizer.engine.columns import Column
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.files import replacing
 from acmds_tune.columns import (
@@ -24,7 +25,6 @@ from acmds_tune.columns import (
     EVENT_COLUMNS,
     FIGURES,
     STATUSES,
-    Column,
     described_trial_columns,
     trial_columns,
 )

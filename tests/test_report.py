@@ -20,10 +20,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
 from acmds_optimizer.config import TrainConfig, read_file, to_dict
-from acmds_optimizer.engine import telemetry
+from acmds_optimizer.engine import columns
 from acmds_optimizer.errors import ConfigError
 from acmds_tune import report, report_figures, report_html
-from acmds_tune.columns import EVENT_COLUMNS, STATUSES, STEP_COLUMNS, trial_columns, with_current_tables
+from acmds_tune.columns import EVENT_COLUMNS, STATUSES, trial_columns, with_current_tables
 from acmds_tune.records import choose_best, pareto_front, why_no_best, worst_first
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -115,20 +115,20 @@ class Study:
         """steps.csv and events.csv of a trial, with the columns that the trainer writes."""
         folder = report.trial_dir(self.folder, number)
         folder.mkdir(parents=True)
-        row = dict.fromkeys(telemetry.STEP_COLUMNS, 1.0) | {
+        row = dict.fromkeys(columns.STEP_COLUMNS, 1.0) | {
             "budget_gb": 10.0,
             "target_headroom_gb": 2.0,
             "reason": "hold",
         }
         rows = [{**row, "step": step, "micro_batch": 16, "peak_allocated_gb": 5 + step % 7} for step in range(steps)]
         pd.DataFrame(rows).to_csv(folder / "steps.csv", index=False)
-        event = dict.fromkeys(telemetry.EVENT_COLUMNS, 1) | {
+        event = dict.fromkeys(columns.EVENT_COLUMNS, 1) | {
             "kind": "out_of_memory",
             "recovered": True,
             "message": "a, b",
         }
         events = [{**event, "step": step} for step in oom_steps]
-        pd.DataFrame(events, columns=list(telemetry.EVENT_COLUMNS)).to_csv(folder / "events.csv", index=False)
+        pd.DataFrame(events, columns=list(columns.EVENT_COLUMNS)).to_csv(folder / "events.csv", index=False)
 
 
 @pytest.fixture
@@ -452,11 +452,6 @@ def test_only_the_worker_of_the_maps_is_taken_out_of_the_plot_library() -> None:
 
 
 # --- columns
-
-
-def test_step_and_event_columns_are_those_that_the_trainer_writes() -> None:
-    assert [column.name for column in STEP_COLUMNS] == list(telemetry.STEP_COLUMNS)
-    assert [column.name for column in EVENT_COLUMNS] == ["trial", *telemetry.EVENT_COLUMNS]
 
 
 def test_the_tables_in_the_documentation_are_current() -> None:

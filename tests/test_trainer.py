@@ -31,8 +31,8 @@ from acmds_optimizer import (
     run_training,
 )
 from acmds_optimizer.engine import prepare
+from acmds_optimizer.engine.columns import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.engine.step import parts
-from acmds_optimizer.engine.telemetry import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 

@@ -18,56 +18,12 @@ from typing import IO, Any
 import torch
 
 from acmds_optimizer.config import GIB
+from acmds_optimizer.engine.columns import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.engine.scalars import STEP_SCALARS, ScalarLog
 from acmds_optimizer.errors import DivergedError
 from acmds_optimizer.memory.device import MemoryReading
 from acmds_optimizer.memory.guard import OutOfMemoryEvent
 from acmds_optimizer.memory.law import Decision
-
-STEP_COLUMNS = {
-    "step": "number of the optimizer step, from 0",
-    "epoch": "number of the epoch, from 0",
-    "samples_seen": "samples trained on so far, this step included",
-    "effective_batch": "samples of this optimizer step",
-    "micro_batch": "samples of its largest micro-batch",
-    "micro_batches": "how many micro-batches it was split into",
-    "predicted_peak_gb": "peak that the memory model expected; empty before it knows anything",
-    "peak_allocated_gb": "peak of allocated memory in the step",
-    "reserved_gb": "peak of memory reserved by the allocator in the step",
-    "budget_gb": "what the process could hold: driver-free plus reserved, within the limit",
-    "headroom_gb": "budget less reserved: what was left free",
-    "target_headroom_gb": "headroom asked for",
-    "feed_forward_samples": "micro-batch that model and trim allow, before buckets and bounds",
-    "pid_p": "proportional term",
-    "pid_i": "integral term",
-    "pid_d": "derivative term",
-    "trim": "share by which the PID moved the memory target, at most 0",
-    "next_micro_batch": "micro-batch chosen for this step before any error",
-    "reason": "why: cold, hold, grow, shrink, max_batch, min_batch, below_min, knee, timing, calm, ceiling, budget",
-    "oom_events": "out-of-memory errors caught in this step",
-    "alloc_retries": "times the allocator released its cache to serve a request, in this step",
-    "seconds": "wall time from the end of the step before to the end of this one",
-    "loss": "mean unweighted training loss of its samples",
-    "lr": "learning rate of the first parameter group",
-    "difficulty_mean": "mean difficulty, 1 - exp(-loss), over the last difficulty_window samples",
-}
-"""Columns of steps.csv, and what they mean. GB are 2**30 bytes."""
-
-EVENT_COLUMNS = {
-    "step": "number of the optimizer step",
-    "epoch": "number of the epoch",
-    "seconds": "seconds since the training began",
-    "kind": "out_of_memory, neighbour_change, emergency_gc, noise_gate or resolution",
-    "micro_batch": "micro-batch when it happened",
-    "next_micro_batch": "micro-batch after it",
-    "budget_gb": "what the process may hold after it",
-    "peak_gb": "peak of allocated memory before it",
-    "shortage_gb": "what was missing, where the error says; else 0",
-    "attempt": "which repetition of the step, from 1; 0 where nothing was repeated",
-    "recovered": "whether the step went through in the end",
-    "message": "the error's or the event's own words",
-}
-"""Columns of events.csv, and what they mean."""
 
 _FLUSH_ROWS = 50
 _SUMS = (
