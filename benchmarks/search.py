@@ -35,6 +35,7 @@ from acmds_optimizer.errors import ConfigError
 from acmds_tune.objective import Ended
 from acmds_tune.plant import PLANT_FILE, TIMED_STEPS, WARM_STEPS, Plant, fit, runs_to_measure, simulate
 from acmds_tune.requires import draw
+from acmds_tune.samplers import suggest
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 from acmds_tune.study import SearchStudy
@@ -191,16 +192,7 @@ def plain(
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for number in range(trials):
         asked = study.ask()
-        values: dict[str, Any] = {}
-        for key, parameter in space.search.items():
-            if parameter.values is not None:
-                values[key] = asked.suggest_categorical(key, parameter.values)
-            elif parameter.type == "int":
-                step = int(parameter.step or 1)
-                values[key] = asked.suggest_int(key, int(parameter.low or 0), int(parameter.high or 0), step=step)
-            else:
-                values[key] = asked.suggest_float(key, float(parameter.low or 0), float(parameter.high or 0))
-        settings = space.settings(values)
+        settings = space.settings({key: suggest(asked, key, parameter) for key, parameter in space.search.items()})
         end = trial(plant, settings, 1000 * seed + number)
         speed = end.figures.get("samples_per_second")
         if end.status == "ok" and speed is not None:
