@@ -16,7 +16,7 @@ from acmds_tune.report_figures import number
 
 def show(directory: Path, trial: int | None) -> int:
     """Print the trials of a study as a table, or everything that is known of one."""
-    from acmds_tune.report import load_study  # imports Optuna
+    from acmds_tune.report import load_study, trial_dir  # imports Optuna
 
     study = load_study(directory)
     if trial is None:
@@ -34,7 +34,7 @@ def show(directory: Path, trial: int | None) -> int:
             print(f"{name}: {number(value)}")
     for name in study.searched:
         print(f"config/{name}: {json.dumps(found.config.get(name))}")
-    print(f"files: {directory / 'trials' / f'{found.number:04d}'}")
+    print(f"files: {trial_dir(directory, found.number)}")
     return 0
 
 

@@ -33,7 +33,7 @@ from acmds_tune.objective import Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
 from acmds_tune.records import DONE, StudyRecord, ranked
-from acmds_tune.report import is_row, load_study, record
+from acmds_tune.report import is_row, load_study, record, trial_dir
 from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
 from acmds_tune.samplers import (
     PRUNER_REPORT_PERCENT,
@@ -349,7 +349,7 @@ class SearchStudy:
 
     def trial_directory(self, number: int) -> Path:
         """Folder of trial `number`."""
-        return self.directory / "trials" / f"{number:04d}"
+        return trial_dir(self.directory, number)
 
     @property
     def told(self) -> int:
