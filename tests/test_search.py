@@ -183,12 +183,16 @@ def test_a_trial_runs_where_the_search_was_started_first(
     assert (result.directory / "trials" / "0001" / "cwd").read_text(encoding="utf-8") == str(tmp_path)
 
 
+def new_driver(folder: Path, text: str, console: Console | None = None) -> Driver:
+    """Of a new study in `folder`."""
+    (folder / "s.yaml").write_text(text, encoding="utf-8")
+    space = load(folder / "s.yaml")
+    study = SearchStudy.create(folder / "s", space, text, {})
+    return Driver(study, space, objective="", sharers=1, display=Display("s", 6, [], console=console))
+
+
 def test_after_ctrl_c_everything_is_written_before_ray_is_called_again(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
-    space = load(tmp_path / "s.yaml")
-    study = SearchStudy.create(tmp_path / "s", space, TEXT, {})
-    options: dict[str, Any] = {"objective": "", "sharers": 1}
-    driver = Driver(study, space, display=Display("s", 6, []), **options)
+    driver = new_driver(tmp_path, TEXT)
     searcher = _StudySearcher(driver)
     for name, ended in (("a", Ended("ok", "finished", figures(), 1.0)), ("b", Ended("stopped", INTERRUPTED, {}, 1.0))):
         searcher.suggest(name)
@@ -197,7 +201,7 @@ def test_after_ctrl_c_everything_is_written_before_ray_is_called_again(tmp_path:
             assert (tmp_path / "s" / "best.json").is_file()  # whatever happens to the search from now on
             driver.interrupt()
         searcher.on_trial_complete(name, {"ended": json.dumps(asdict(ended))})
-    study.close()
+    driver.study.close()
     assert list(pd.read_csv(tmp_path / "s" / "trials.csv").status) == ["ok", "stopped"]
     assert (tmp_path / "s" / "report.html").is_file()
 
@@ -207,31 +211,23 @@ def test_a_search_whose_trials_are_all_run_did_not_end_for_want_of_time(
 ) -> None:
     now = 0.0
     monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now))
-    text = TEXT.replace("trials: 6", "trials: 1") + "budget: {minutes: 1}\n"
-    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
-    space = load(tmp_path / "s.yaml")
-    study = SearchStudy.create(tmp_path / "s", space, text, {})
-    options: dict[str, Any] = {"objective": "", "sharers": 1}
-    driver = Driver(study, space, display=Display("s", 1, []), **options)
+    driver = new_driver(tmp_path, TEXT.replace("trials: 6", "trials: 1") + "budget: {minutes: 1}\n")
     task = driver.next_task()
     assert task is not None
     now = 59.0
     driver.ended(task.number, Ended("ok", "finished", figures(), 59.0))
-    study.close()
+    driver.study.close()
     assert (driver.done, driver.ending) == (True, "")
 
 
 def test_the_line_of_an_infeasible_trial_says_which_constraint_it_broke(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "s.yaml").write_text(TEXT + "constraints: [oom_events <= 0]\n", encoding="utf-8")
-    space = load(tmp_path / "s.yaml")
-    study = SearchStudy.create(tmp_path / "s", space, TEXT, {})
-    driver = Driver(study, space, objective="", sharers=1, display=Display("s", 6, [], console=Console(stderr=True)))
+    driver = new_driver(tmp_path, TEXT + "constraints: [oom_events <= 0]\n", Console(stderr=True))
     task = driver.next_task()
     assert task is not None
     driver.ended(task.number, Ended("ok", "finished", figures(oom_events=3), 1.0))
-    study.close()
+    driver.study.close()
     assert capsys.readouterr().err.rstrip().endswith("(broke oom_events <= 0 (3))")
 
 
@@ -261,17 +257,14 @@ def test_the_minutes_of_a_search_leave_time_for_its_confirmation(
     now = 0.0
     monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now))
     text = TEXT.replace("trials: 6", "trials: 99") + "budget: {minutes: 1.7}\nconfirm: {top: 1, seeds: 3}\n"
-    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
-    space = load(tmp_path / "s.yaml")
-    study = SearchStudy.create(tmp_path / "s", space, text, {})
-    driver = Driver(study, space, objective="", sharers=1, display=Display("s", 1, []))
+    driver = new_driver(tmp_path, text)
     while (task := driver.next_task()) is not None:
         now += 10.0
         driver.ended(task.number, Ended("ok", "finished", figures(), 10.0))
-    stages = [row.stage for row in study.record().trials]
-    study.close()
+    stages = [row.stage for row in driver.study.record().trials]
+    driver.study.close()
     assert stages == ["search"] * 7 + ["confirm"] * 3
-    assert (driver.done, driver.ending, study.missing) == (True, OUT_OF_TIME, 92)
+    assert (driver.done, driver.ending, driver.study.missing) == (True, OUT_OF_TIME, 92)
 
 
 def test_a_trial_whose_watcher_dies_is_crashed_and_the_search_goes_on(search: Callable[..., SearchResult]) -> None:
