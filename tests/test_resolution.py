@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import TensorDataset
 from acmds_optimizer import ACMDSTrainer
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
 from acmds_optimizer.curriculum.resolution import Stages
-from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.errors import ConfigError, OutOfMemoryForGoodError
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_optimizer.memory.model import TimeModel
 
@@ -153,6 +155,33 @@ def test_a_neighbour_makes_the_images_smaller_and_they_grow_back_when_it_goes():
             assert trainer.growth is not None
             seen.append(trainer.growth.number)
     assert seen == [0] * 7 + [1] * 2 + [0] * 2 + [1] * 3
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_images_that_cannot_be_made_smaller_for_lack_of_memory_are_tried_again_and_none_is_lost(monkeypatch, fails):
+    dataset = TensorDataset(torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8), torch.arange(64) % 2)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    config = TrainConfig(
+        start_resolution=0.5, resolution_stages=2, epochs=10, max_batch_size=16, target_headroom_gb=0.1,
+        enable_amp=False, num_workers=0,
+    )  # fmt: skip
+    memory = BudgetedCpuMemory(2**30)
+    with ACMDSTrainer(model, dataset, torch.optim.AdamW(model.parameters()), config, "cpu", memory=memory) as trainer:
+        assert trainer.growth is not None
+        sized, calls = trainer.growth.sized, itertools.count()
+
+        def strike(batch: Batch) -> Batch:
+            if 2 <= next(calls) < 2 + fails:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return sized(batch)
+
+        monkeypatch.setattr(trainer.growth, "sized", strike)
+        if fails == 1:
+            trainer.train_epoch()
+            assert (trainer.dataset.scores.count == 1).all()
+        else:
+            with pytest.raises(OutOfMemoryForGoodError, match="the 16 samples of a step do not fit"):
+                trainer.train_epoch()
 
 
 def test_a_resumed_training_keeps_the_knee_that_was_found_in_its_stage():

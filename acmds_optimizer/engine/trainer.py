@@ -282,7 +282,7 @@ class ACMDSTrainer:
     def _rehearse(self) -> None:
         plan, work = self.sampler.plan, self._enter_stage()
         with self.source.stream(plan.order, plan.weights, epoch=self.epoch, augment=True) as stream:
-            batch = self._prepared(stream.take(self.controller.limits.buckets[-1]))
+            batch = self._take(stream, self.controller.limits.buckets[-1])
         self.controller.memory.track([batch.inputs, batch.targets])
         if self.growth is not None:
             check_size(self.train_step, batch)
@@ -328,7 +328,7 @@ class ACMDSTrainer:
         count, total, odd = self._next_counts(decision)
         lr = self.schedule.set(self.progress, total / self.ranks.world_size)
         try:
-            batch = self._prepared(self._take(stream, count))
+            batch = self._take(stream, count)
             result, sizes = self._forward_backward(batch, total, decision, work, odd=odd)
         except Exception:
             if self.team is not None:
@@ -387,14 +387,16 @@ class ACMDSTrainer:
             self.ranks.average_statistics(self.average.module)
 
     def _take(self, stream: EpochStream, count: int) -> Batch:
-        """The next samples; where they do not fit beside what is cached, after the cache was released.
+        """The next samples, prepared; where they do not fit beside what is cached, after the cache was released.
 
         Raises:
             OutOfMemoryForGoodError: they do not fit at all.
         """
+        batch = None
         for last_try in (False, True):
             try:
-                return stream.take(count)
+                batch = stream.take(count) if batch is None else batch
+                return self._prepared(batch)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
