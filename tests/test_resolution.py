@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from acmds_optimizer import ACMDSTrainer
+from acmds_optimizer import ACMDSTrainer, run_training
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
 from acmds_optimizer.curriculum.resolution import Stages
 from acmds_optimizer.engine.batches import Batch
@@ -204,6 +205,27 @@ def test_a_resumed_training_keeps_the_knee_that_was_found_in_its_stage():
         assert resumed._enter_stage() == 0.25
         assert resumed.controller.state.times == times
         assert resumed.controller.decide(0.25).batch == 16
+
+
+def test_a_resumed_run_stands_at_the_size_where_it_stopped(tmp_path):
+    config = TrainConfig(
+        model="small_cnn", dataset="digits", image_size=16, start_resolution=0.5, resolution_stages=2, device="cpu",
+        enable_amp=False, max_batch_size=256, target_headroom_gb=0.1, knee_gain_fraction=0.0, max_steps=10, seed=1,
+    )  # fmt: skip
+
+    def sizes(folder) -> list[tuple[str, str]]:
+        with (folder / "events.csv").open(encoding="utf-8") as file:
+            return [(row["step"], row["message"]) for row in csv.DictReader(file) if row["kind"] == "resolution"]
+
+    run_training(config, output_dir=tmp_path / "whole")
+    steps = iter(range(100))
+    parts = tmp_path / "parts"
+    run_training(config, output_dir=parts, should_stop=lambda: next(steps) >= 4)
+    run_training(config, output_dir=parts, resume=parts)
+    assert sizes(parts) == [("0", "images have 8x8 px from now on"), ("7", "images have 16x16 px from now on")]
+    assert sizes(parts) == sizes(tmp_path / "whole")
+    weights = [torch.load(folder / "checkpoint.pt")["model"] for folder in (parts, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_model_that_takes_one_size_only_is_told_so():

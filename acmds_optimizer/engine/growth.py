@@ -42,6 +42,10 @@ class GrowingImages:
         """The pixels of a sample relative to full size."""
         return self._stages.work(self.number)
 
+    def stand_at(self, number: int) -> None:
+        """Go on at this stage, in which a training was stopped; at none where there is no such stage any more."""
+        self.number = number if 0 <= number < len(self._stages.sizes) else -1
+
     def enter(self, progress: float) -> str:
         """Go to the stage that is due at `progress`, in [0, 1], or the one that fits; what to say if it is new."""
         controller, graphs = self._step.guard.controller, self._step.graphs
@@ -52,12 +56,11 @@ class GrowingImages:
         number = min(self._ranks.gather(number))
         if number == self.number:
             return ""
-        begins, self.number = self.number < 0, number
+        self.number = number
         if graphs is not None:
             graphs.forget()
             controller.release_cache()
-        if not begins:  # else they are those of a checkpoint, if there are any
-            controller.forget_times()
+        controller.forget_times()
         height, width = self.size
         return f"images have {height}x{width} px from now on"
 

@@ -29,6 +29,7 @@ def take(trainer: ACMDSTrainer) -> dict[str, Any]:
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         },
+        "stage": trainer.growth.number if trainer.growth is not None else -1,
         "config": to_dict(trainer.config),
     }
     if trainer.ranks.several:
@@ -59,6 +60,9 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         for name in _OWN:
             setattr(trainer, name, state["trainer"][name])
         trainer.best.load_state_dict(state["trainer"]["best"])
+        if trainer.growth is not None:
+            trainer.growth.stand_at(state.get("stage", -1))
+            trainer.resize_images()
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), trainer.device)

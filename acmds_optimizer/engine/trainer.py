@@ -425,12 +425,17 @@ class ACMDSTrainer:
         if self.growth is None:
             return 1.0
         if message := self.growth.enter(self.progress):
-            with contextlib.suppress(torch.OutOfMemoryError):  # they are then made smaller batch by batch
-                self.source.resize(self.growth.size, self.growth.most_bytes)
-            self.controller.read_base()
+            self.resize_images()
             logger.info("step %d: %s", self.step, message)
             self._event("resolution", message)
         return self.growth.work
+
+    def resize_images(self) -> None:
+        """Have images that lie on the device at the size of the stage, where there is room."""
+        if self.growth is not None:
+            with contextlib.suppress(torch.OutOfMemoryError):  # they are then made smaller batch by batch
+                self.source.resize(self.growth.size, self.growth.most_bytes)
+            self.controller.read_base()
 
     def _prepared(self, batch: Batch) -> Batch:
         """Mixed, and at the size that is due."""
