@@ -273,6 +273,14 @@ def test_what_a_killed_save_left_behind_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt"]
 
 
+def test_of_older_checkpoints_those_written_last_are_kept_also_after_a_step_back(tmp_path):
+    for second, step in enumerate((200, 300, 400, 250)):  # the last after the run went on from its best
+        checkpoint.CheckpointFolder(tmp_path, keep=2).save({"trainer": {}}, step, best=False)
+        os.utime(tmp_path / f"checkpoint_{step:08}.pt", (second, second))
+    names = [path.name for path in sorted(tmp_path.glob("checkpoint_*.pt"))]
+    assert names == ["checkpoint_00000250.pt", "checkpoint_00000400.pt"]
+
+
 # --- what can be made of one
 
 

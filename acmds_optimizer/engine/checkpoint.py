@@ -88,7 +88,8 @@ class CheckpointFolder:
         also = [self.folder / f"checkpoint_{step:08}.pt"] if self.keep > 1 else []
         also += [self.folder / BEST] if best else []
         save(self.folder / NEWEST, state, also=also)
-        kept = sorted(self.folder.glob("checkpoint_[0-9]*.pt"))
+        # not by their steps: those of a run that goes on from an earlier one begin again
+        kept = sorted(self.folder.glob("checkpoint_[0-9]*.pt"), key=lambda path: path.stat().st_mtime_ns)
         for old in kept[: -self.keep] if self.keep > 1 else ():
             old.unlink()
 
