@@ -842,12 +842,17 @@ def test_a_folder_is_decoded_once_for_all_runs_until_it_changes(tmp_path, monkey
     assert len(decoded) == 3
 
 
-def test_a_label_that_came_with_the_next_image_is_kept_with_the_decoded_images(tmp_path, caplog):
+@pytest.mark.parametrize("broken", ["empty", "a link to nowhere"])
+def test_a_label_that_came_with_the_next_image_is_kept_with_the_decoded_images(broken, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(3):
             Image.new("RGB", (8, 8), (40 * number, 0, 200)).save(tmp_path / "images" / name / f"{number}.png")
-    (tmp_path / "images" / "a" / "2.png").write_bytes(b"")
+    (tmp_path / "images" / "a" / "2.png").unlink()
+    if broken == "empty":
+        (tmp_path / "images" / "a" / "2.png").touch()
+    else:
+        (tmp_path / "images" / "a" / "2.png").symlink_to("nowhere")
 
     def targets(broken_images):
         config = TrainConfig(

@@ -57,7 +57,11 @@ def _key(files: ImageFiles, spec: InputSpec) -> str:
     digest.update(files.targets.tobytes())
     stamps = np.empty((len(files), 2), np.int64)
     for index in range(len(files)):
-        state = files.path(index).stat()
-        stamps[index] = state.st_size, state.st_mtime_ns
+        try:
+            state = files.path(index).stat()
+        except OSError:  # a link to nowhere: decoding will say so, or skip it
+            stamps[index] = -1, 0
+        else:
+            stamps[index] = state.st_size, state.st_mtime_ns
     digest.update(stamps.tobytes())
     return digest.hexdigest()[:32]
