@@ -103,6 +103,7 @@ class Driver:
     def next_task(self) -> Task | None:
         """A trial to start now; None where all places are taken or nothing more is to be started."""
         if self.done or len(self._running) >= self.sharers or isinstance(self.study.next_step(), Wait):
+            self._write()  # while the next trial starts: Ray asks at once for one more
             return None
         proposal = self.study.propose()
         self._running[proposal.number] = _Running(time.monotonic())

@@ -204,7 +204,6 @@ def costs(study: StudyRecord, trial: TrialRecord) -> tuple[float, ...]:
 
 def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
     """Positions of the points that no other beats: is nowhere worse than, and somewhere better. Less is better."""
-
     front: dict[tuple[float, ...], list[int]] = {}
     for i in sorted(range(len(points)), key=points.__getitem__):  # what beats a point comes before it
         point = points[i]

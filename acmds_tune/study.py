@@ -315,7 +315,7 @@ class SearchStudy:
         return self._next()[0]
 
     def _next(self) -> tuple[Step, int]:
-        """The next step, and how many trials of the first stages are left; kept, since it is asked ten times a second."""
+        """The next step, and the trials left of the first stages; kept, since it is asked ten times a second."""
         if self._screening is not None and self.record().of_stages(SAMPLED):  # the defaults need not wait for it
             if self._running and not self._screening.done():
                 return Wait(), left(self.space, self.record())

@@ -129,7 +129,7 @@ def test_a_trial_that_takes_too_long_is_killed_although_it_reports(start: Callab
 
 def test_the_time_of_a_trial_begins_when_the_fork_server_has_started_it(start: Callable[..., TrialProcess]) -> None:
     end_of(start("ok"))
-    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # private
     os.kill(server, signal.SIGSTOP)  # as while it imports PyTorch
     threading.Timer(1.0, os.kill, (server, signal.SIGCONT)).start()
     assert end_of(start("ok", trial_timeout_s=0.8)).status == "ok"

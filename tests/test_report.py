@@ -283,7 +283,11 @@ def test_the_front_is_what_no_other_point_beats() -> None:
 def test_the_front_of_many_points_is_that_of_every_pair_compared(objectives: int) -> None:
     rng = random.Random(objectives)
     points = [tuple(rng.randrange(6) for _ in range(objectives)) for _ in range(60)]
-    slow = [i for i, p in enumerate(points) if not any(q != p and all(a <= b for a, b in zip(q, p)) for q in points)]
+
+    def beats(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+        return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+    slow = [i for i, point in enumerate(points) if not any(beats(other, point) for other in points)]
     assert pareto_front(points) == slow
 
 

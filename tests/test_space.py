@@ -147,7 +147,10 @@ def test_what_means_something_else_is_refused_with_a_hint(problems: Any, text: s
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("metric: {name: val_loss, direction: minimize, goal: maximize}\n", "line 1: metric.goal: the same as direction"),
+        (
+            "metric: {name: val_loss, direction: minimize, goal: maximize}\n",
+            "line 1: metric.goal: the same as direction",
+        ),
         ("metric: {name: val_loss, goal: minimize, mode: max}\n", "line 1: metric.mode: the same as direction"),
     ],
 )

@@ -89,8 +89,14 @@ def test_defaults_are_moved_into_the_space(space: Callable[..., Space]) -> None:
 def test_a_proposal_and_an_end_each_wait_once_for_the_disk(
     create: Callable[..., SearchStudy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study, waits, real = create(), [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: waits.append(real(descriptor)))
+    study, real = create(), os.fsync
+    waits: list[int] = []
+
+    def counted(descriptor: int) -> None:
+        waits.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", counted)
     number = study.propose().number
     assert len(waits) == 1
     study.finish(number, OK)

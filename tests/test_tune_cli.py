@@ -261,9 +261,13 @@ def test_a_study_is_resumed_though_the_one_that_it_began_with_is_gone(
     (tmp_path / "later.yaml").write_text(text, encoding="utf-8")
     SearchStudy.create(tmp_path / "later", load(tmp_path / "later.yaml"), text, {}).close()
     study.rename(tmp_path / "elsewhere")
-    resumed = []
-    nothing = SearchResult(tmp_path, None, "", 0)
-    monkeypatch.setattr(search, "run_search", lambda space, *_, **__: resumed.append(space) or nothing)
+    resumed: list[Space] = []
+
+    def run_search(space: Space, directory: Path, *_: Any, **__: Any) -> SearchResult:
+        resumed.append(space)
+        return SearchResult(directory, None, "", 0)
+
+    monkeypatch.setattr(search, "run_search", run_search)
     assert main(["resume", str(tmp_path / "later")]) == 1
     assert [space.warm_start for space in resumed] == [[str(study)]]
     assert main(["validate", str(tmp_path / "later.yaml")]) == 2

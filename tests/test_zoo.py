@@ -243,10 +243,13 @@ def test_the_files_of_cifar_are_summed_up_once_a_start(tmp_path, monkeypatch):
         content = {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0, 9]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    summed = []
-    monkeypatch.setattr(
-        "torchvision.datasets.cifar.check_integrity", lambda path, _md5: bool(summed.append(Path(path).name) or True)
-    )
+    summed: list[str] = []
+
+    def count(path: str, _md5: str) -> bool:
+        summed.append(Path(path).name)
+        return True
+
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", count)
     data = load("cifar10", data_dir=str(tmp_path))
     assert (len(data.train), len(data.val)) == (10, 2)
     assert len([name for name in summed if name != "batches.meta"]) == 6
