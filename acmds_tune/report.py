@@ -353,7 +353,7 @@ def read_environment(study_dir: str | Path) -> dict[str, Any]:
 def read_events(study_dir: str | Path, number: int) -> list[dict[str, Any]]:
     """The events of one trial with its number, in the columns of EVENT_COLUMNS; none where the trial wrote no file."""
     try:
-        text = (trial_dir(study_dir, number) / "events.csv").read_text(encoding="utf-8")
+        text = (trial_dir(study_dir, number) / "events.csv").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     events = []

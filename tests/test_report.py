@@ -226,6 +226,17 @@ def test_events_of_all_trials_are_in_one_table_and_a_line_cut_off_is_left_out(mi
     assert events.columns.tolist() == [column.name for column in EVENT_COLUMNS]
 
 
+def test_events_cut_off_within_a_letter_do_not_cost_the_table(study: Study) -> None:
+    study.add(100.0)
+    columns = [column.name for column in EVENT_COLUMNS if column.name != "trial"]
+    row = ["1", "0", "0.5", "note", *["0"] * (len(columns) - 5), "é"]
+    folder = report.trial_dir(study.folder, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "events.csv").write_bytes(f"{','.join(columns)}\n{','.join(row)}".encode()[:-1])
+    (event,) = report.read_events(study.folder, 0)
+    assert (event["step"], event["kind"]) == (1, "note")
+
+
 def test_a_failure_while_writing_leaves_the_old_file(mixed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     before = trials_table(mixed)
     mixed.add(1.0)
