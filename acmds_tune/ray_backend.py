@@ -173,7 +173,7 @@ def quiet_ray(space: Space, address: str | None = None) -> Iterator[Path]:
             elif ours:
                 ray.init(
                     address="local",
-                    num_cpus=max(space.resources.concurrent_trials or 1, os.cpu_count() or 1),
+                    num_cpus=_cpus(space),
                     object_store_memory=100 * 1024**2,  # nothing large travels through it
                     include_dashboard=False,
                     log_to_driver=False,
@@ -210,6 +210,12 @@ def _remove_left_scratch() -> None:
         pid = folder.name.removeprefix(SCRATCH_PREFIX).split("-")[0]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cpus(space: Space) -> int:
+    """At least one for each trial: so many Ray counts for it, and would let the others wait for one."""
+    gpus = len(nvml.visible_devices()) if space.device != "cpu" else 0
+    return max(space.resources.concurrent_trials or 1, os.cpu_count() or 1, int(gpus / space.resources.gpus_per_trial))
 
 
 def _places(space: Space, gpus: float) -> int:

@@ -27,7 +27,7 @@ from acmds_tune.driver import ALIKE, INTERRUPTED, OUT_OF_TIME, Driver
 from acmds_tune.local_backend import devices
 from acmds_tune.objective import Ended
 from acmds_tune.progress import Display
-from acmds_tune.ray_backend import _places, _StudySearcher, quiet_ray
+from acmds_tune.ray_backend import _cpus, _places, _StudySearcher, quiet_ray
 from acmds_tune.search import SearchResult, run_search
 from acmds_tune.space import ResourceError, Resources, Space
 from acmds_tune.space_load import load
@@ -171,6 +171,17 @@ def test_ray_has_places_for_as_many_trials_as_fit_on_whole_gpus(
     text = TEXT.replace("device: cpu", "device: cuda") + f"resources: {{gpus_per_trial: {each}}}\n"
     (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
     assert _places(load(tmp_path / "s.yaml"), float(gpus)) == places
+
+
+def test_ray_has_a_cpu_for_each_trial_also_where_gpus_are_shared_by_more_than_there_are_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvml, "visible_devices", lambda: ["0", "1"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    text = TEXT.replace("device: cpu", "device: cuda") + "resources: {gpus_per_trial: 0.25}\n"
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    space = load(tmp_path / "s.yaml")
+    assert _cpus(space) == _places(space, 2.0) == 8
 
 
 def test_a_trial_runs_where_the_search_was_started_first(
