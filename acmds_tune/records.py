@@ -90,8 +90,9 @@ class StudyRecord:
     @property
     def candidates(self) -> list[TrialRecord]:
         """The trials of the search itself; the screened ones as long as none was trained with the whole budget."""
-        found = self.of_stages(CANDIDATES)
-        return found or self.of_stages(("screen",))
+        found, screened = self.of_stages(CANDIDATES), self.of_stages(("screen",))
+        ended = any(trial.status != "running" and not trial.interrupted for trial in found)
+        return found if ended or not screened else screened
 
     @property
     def feasible(self) -> list[TrialRecord]:

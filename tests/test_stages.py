@@ -136,6 +136,27 @@ def test_the_defaults_are_trained_in_full_also_where_their_first_short_trial_was
     assert [row.seed for row in rows.of_stages(("anchor",))] == [default.seed]
 
 
+def test_the_best_short_trial_stays_the_best_until_one_has_ended_that_had_the_whole_budget(
+    space: Callable[[str], Space], tmp_path: Path
+) -> None:
+    text = TEXT.replace("trials: 4", "trials: 1") + "screen: {trials: 3}\n"
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    for _ in range(3):
+        proposal = study.propose()
+        study.finish(proposal.number, speed_of_lr(proposal))
+    best = choose_best(study.record())
+    assert best is not None
+    number = study.propose().number
+    assert choose_best(study.record()) == best
+    study.finish(number, Ended("stopped", "the search was interrupted"), interrupted=True)
+    assert choose_best(study.record()) == best
+    proposal = study.propose()
+    study.finish(proposal.number, speed_of_lr(proposal))
+    trained = choose_best(study.record())
+    assert trained is not None
+    assert (proposal.stage, trained.number) == ("train", proposal.number)
+
+
 def test_an_anchor_that_was_interrupted_twice_is_passed_over_and_the_later_ones_are_run(
     space: Callable[[str], Space], tmp_path: Path
 ) -> None:
