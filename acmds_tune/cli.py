@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"acmds-tune: {error}; nothing that was written before is lost", file=sys.stderr)
+        what = f"{error.filename or 'the study'}: cannot be written: {error.strerror}"
+        print(f"acmds-tune: {what}; nothing that was written before is lost", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("acmds-tune: interrupted", file=sys.stderr)

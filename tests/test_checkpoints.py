@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, MemoryPressureController, TrainConfig, cli, run_training
 from acmds_optimizer.engine import checkpoint
@@ -354,6 +355,15 @@ def test_a_checkpoint_is_neither_validated_nor_trained_on_with_other_classes(tmp
 def test_an_export_without_the_package_says_what_to_install(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ConfigError, match=r"pip install 'acmds\[export\]'"):
+        checkpoint.export_weights(run, tmp_path / "w.safetensors")
+
+
+def test_an_export_that_safetensors_cannot_write_says_so(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise SafetensorError("I/O error: Permission denied (os error 13)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
+    with pytest.raises(ACMDSError, match=r"w\.safetensors: cannot be written: I/O error: Permission denied"):
         checkpoint.export_weights(run, tmp_path / "w.safetensors")
 
 

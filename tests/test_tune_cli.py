@@ -98,17 +98,6 @@ def test_a_results_folder_that_cannot_be_made_is_said_before_anything_starts(
     assert messages.startswith(f"acmds-tune: {space_file / 'mine'}: 1 problem\n  cannot be made: ")
 
 
-def test_a_full_disk_is_said_without_a_traceback(
-    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert main(["report", str(study)]) == 1
-    assert "No space left on device; nothing that was written before is lost" in capsys.readouterr().err
-
-
 def test_an_existing_study_is_refused_before_anything_starts(
     study: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +110,22 @@ def test_report_makes_every_file_again_and_prints_the_page(study: Path, capsys: 
     assert capsys.readouterr().out == f"{study / 'report.html'}\n"
     for name in ("trials.csv", "events.csv", "best.json", "report.html"):
         assert (study / name).is_file()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC])
+def test_a_study_that_cannot_be_written_is_said_without_a_traceback(
+    number: int, study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        raise OSError(number, os.strerror(number), str(target))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert main(["report", str(study)]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"acmds-tune: {study / 'trials.csv'}: cannot be written: {os.strerror(number)}; nothing that was written before is lost\n"
+    )
 
 
 def test_best_prints_the_path_and_the_searched_settings_to_stdout(

@@ -149,6 +149,7 @@ def export_weights(source: Path, target: Path) -> dict[str, str]:
     if target.exists():
         raise ConfigError("export", [f"{target} exists already; give another name"])
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ConfigError("export", ["safetensors is not installed: pip install 'acmds[export]'"]) from None
@@ -161,6 +162,6 @@ def export_weights(source: Path, target: Path) -> dict[str, str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:
             save_file(tensors, beside, metadata=about)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ACMDSError(f"{target}: cannot be written: {error}") from None
     return about
