@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -490,6 +491,24 @@ def test_a_folder_that_another_process_writes_a_run_into_is_refused_until_that_h
         assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == before
         other.communicate("\n")
     assert run_training(settings, output_dir=tmp_path, resume=tmp_path if resumed else None).steps == 4
+
+
+def test_a_run_that_had_ended_says_so_when_it_is_resumed(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="acmds_optimizer.engine.run")
+    run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path)
+    assert not any("ended already" in record.getMessage() for record in caplog.records)
+    run_training(TrainConfig(**DIGITS, max_steps=2), output_dir=tmp_path, resume=tmp_path)
+    assert any("the run had ended already, after 2 steps" in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    run_training(TrainConfig(**DIGITS, max_steps=3), output_dir=tmp_path, resume=tmp_path)
+    assert not any("ended already" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(("val_fraction", "warned"), [(0.0, True), (0.1, False)])
+def test_patience_without_validation_is_warned_of(val_fraction, warned, caplog):
+    caplog.set_level(logging.WARNING, logger="acmds_optimizer.engine.run")
+    run_training(TrainConfig(**DIGITS, max_steps=1, patience_epochs=2, val_fraction=val_fraction))
+    assert any("patience_epochs does nothing" in record.getMessage() for record in caplog.records) is warned
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):

@@ -97,8 +97,12 @@ def run_training(
         model, bundle.train, optimizer, config,
         memory=memory, val_dataset=bundle.val, bundle=bundle, ranks=ranks,
     )  # fmt: skip
+    if config.patience_epochs is not None and bundle.val is None and ranks.first:
+        logger.warning("patience_epochs does nothing: no samples are held out for validation")
     if state is not None:
         trainer.load_state_dict(state)
+        if trainer.finished and not trainer.unvalidated and ranks.first:
+            logger.info("the run had ended already, after %d steps; more --epochs, or --max-steps, go on", trainer.step)
     keeps = output_dir is not None and config.checkpoint_every > 0
     held = contextlib.ExitStack()
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
