@@ -122,10 +122,8 @@ def test_a_study_that_cannot_be_written_is_said_without_a_traceback(
     monkeypatch.setattr(Path, "replace", refuse)
     assert main(["report", str(study)]) == 1
     said = capsys.readouterr().err
-    assert (
-        said
-        == f"acmds-tune: {study / 'trials.csv'}: cannot be written: {os.strerror(number)}; nothing that was written before is lost\n"
-    )
+    why = f"cannot be written: {os.strerror(number)}; nothing that was written before is lost"
+    assert said == f"acmds-tune: {study / 'trials.csv'}: {why}\n"
 
 
 def test_best_prints_the_path_and_the_searched_settings_to_stdout(
