@@ -245,7 +245,8 @@ def slices(study: StudyRecord) -> Figure | None:
         values = [row.config.get(name) for row in rows]
         plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         positive = plain and min(values) > 0 and max(values) / min(values) >= 50  # type: ignore[type-var,operator]
-        kind = {"type": "log"} if positive else {} if plain else {"type": "category"}
+        few = {"nticks": 4, "tickangle": 0}  # numbers that lie flat do not run into the name below them
+        kind = {"type": "log"} if positive else few if plain else {"type": "category"}
         domains = {"domain": [left + 0.03 * bool(across), left + 1 / columns - 0.03]}
         axes[f"xaxis{number_}"] = axis(name, anchor=f"y{number_}", **domains, **kind)
         axes[f"yaxis{number_}"] = axis(
