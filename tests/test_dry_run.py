@@ -12,8 +12,9 @@ from torch.utils.data import TensorDataset
 
 from acmds_optimizer import TrainConfig, cli, run_training
 from acmds_optimizer.config import GIB
-from acmds_optimizer.engine.data import ResidentSource, make_source
+from acmds_optimizer.engine.data import make_source
 from acmds_optimizer.engine.dry_run import Prediction, predict, resident_bytes
+from acmds_optimizer.engine.resident import ResidentSource
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import build_data
 from acmds_optimizer.zoo.models import SmallCNN, build_model
