@@ -306,6 +306,22 @@ def test_buffers_that_a_model_replaces_are_put_back_too():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_the_user_names_besides_is_put_back_though_a_step_writes_into_its_tensors():
+    model = nn.Linear(4, 3)
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))
+    seen = torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1))
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), controller, others=(seen,))
+    tries = iter([True, False])
+
+    def attempt(_: int) -> None:
+        seen.n_averaged.add_(1)
+        if next(tries):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    guard.run(attempt, 8)
+    assert int(seen.n_averaged) == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [

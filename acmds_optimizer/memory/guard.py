@@ -7,6 +7,7 @@ every tensor of the failed step alive through its traceback), asks the controlle
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -340,7 +341,7 @@ class Guard:
         device = self.controller.device
         device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         scaler_state = _scaler_state(self.scaler)
-        others = [(other, other.state_dict()) for other in self.others]
+        others = [(other, copy.deepcopy(other.state_dict())) for other in self.others]  # else it may be its own tensors
 
         def undo() -> None:
             self._undo_step()
