@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -158,6 +159,31 @@ def test_an_error_at_any_operation_leaves_every_bit_as_if_it_had_not_happened(op
         rig.steps(1)
         for kept, wanted in zip(rig.state(), expected, strict=True):
             assert torch.equal(kept, wanted), f"error at operation {number} of {total}"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "amp"), [("adamw_two_groups_fused", False), *[(name, True) for name in OPTIMIZERS]]
+)
+def test_an_error_at_any_operation_of_an_update_whose_gradients_stay_leaves_no_trace(optimizer, amp):
+    def updated(strike: Callable[[Rig], None]) -> list[torch.Tensor]:
+        rig = Rig(optimizer, amp)
+        rig.steps(1)
+        rig.guard.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = nn.functional.cross_entropy(rig.model(rig.inputs).float(), rig.targets)
+        rig.scaler.scale(loss).backward()
+        strike(rig)
+        rig.guard.finish(rig.guard.optimizer_step)
+        rig.memory.on_operation = None
+        rig.steps(1)
+        return rig.state()
+
+    operations: list[Any] = []
+    expected = updated(lambda rig: setattr(rig.memory, "on_operation", operations.append))
+    total = sum(map(computes, operations))
+    for number in range(total):
+        struck = updated(lambda rig, number=number: fail_at(rig, number))  # type: ignore[misc]
+        assert all(torch.equal(a, b) for a, b in zip(struck, expected, strict=True)), f"operation {number} of {total}"
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))

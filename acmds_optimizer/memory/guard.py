@@ -166,6 +166,7 @@ class Guard:
         """How gradients are dropped before each try."""
         self._undo_optimizer: Callable[[], None] | None = None
         self._copy_on_host = False
+        self._keep_gradients = False
         self._buffers, self._step_counts = _Shadow(), _Shadow()
         self._holders = [module._buffers for module in model.modules() if module._buffers]
         create_optimizer_state(optimizer)
@@ -220,6 +221,8 @@ class Guard:
                 self._undo_optimizer = None
                 return tuple(events)
             self._undo_step()
+            if self.scaler is not None:
+                self.scaler._per_optimizer_states.clear()  # else it believes that it has unscaled, or stepped
             memory, size = self.controller.memory, self.controller.batch_size
             peak = memory.read().peak_allocated_bytes
             memory.release_cache()
@@ -275,6 +278,7 @@ class Guard:
         self, attempt: Callable[[int], Result], micro_batch: int, *, keep_gradients: bool = False
     ) -> tuple[Result | None, str | None]:
         """Its value, or the message of the out-of-memory error that ended it."""
+        self._keep_gradients = keep_gradients
         try:
             if not keep_gradients:
                 self.zero_grad()
@@ -394,6 +398,8 @@ class Guard:
             return undo_fused
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         kept = [(p.data, self._copy(p.data)) for p in parameters]
+        if self._keep_gradients and self.scaler is not None:  # it unscales them where they are
+            kept += [(p.grad, self._copy(p.grad)) for p in parameters if p.grad is not None]
         fresh = [p for p in parameters if p not in self.optimizer.state]
         scalars = []
         for parameter in parameters:
