@@ -289,7 +289,7 @@ def test_the_average_of_a_run_with_errors_is_that_of_a_run_without():
     def strike(operation: Any) -> None:
         nonlocal done
         done += 1
-        if done % 331 == 0:
+        if done in (331, 1331):  # far apart: how many operations a step has depends on the version of PyTorch
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     memory.on_operation = strike
