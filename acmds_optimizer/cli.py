@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
+from acmds_optimizer import __version__
 from acmds_optimizer.closed_pipe import ends_with_its_reader
 from acmds_optimizer.config import TrainConfig, field_help, field_types, load, read_file
 from acmds_optimizer.errors import ACMDSError, ConfigError
@@ -76,14 +77,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log-file", metavar="FILE", help="also write the log to this file")
     parser.add_argument("--quiet", action="store_true", help="no progress display; warnings only")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     defaults, kinds = TrainConfig(), field_types()
     for name, text in field_help().items():
         if name in SECTIONS:
             settings = parser.add_argument_group(f"settings: {SECTIONS[name]}")
         default = getattr(defaults, name)
         flag = "--" + name.replace("_", "-")
-        shown = str(default).lower() if default is None or isinstance(default, bool) else default
-        help_text = f"{text} (default: {shown})".replace("%", "%%")
+        help_text = f"{text} (default: {_shown(default)})".replace("%", "%%")
         kind: dict[str, Any] = {"metavar": _metavar(kinds[name])}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -250,7 +251,7 @@ def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
     from acmds_optimizer.engine.telemetry import to_plain
 
     for name, value in to_plain(outcome).items():
-        print(f"{name}: {value}")
+        print(f"{name}: {_shown(value)}")
     _draw_if_possible(output_dir)
     if stop.asked and outcome.stopped_early:
         kept = f"; continue with: acmds-train --resume {output_dir}" if (output_dir / NEWEST).exists() else ""
@@ -269,6 +270,13 @@ def _draw_if_possible(output_dir: Path) -> None:
         draw_run(output_dir)
     except ACMDSError as error:
         logging.getLogger(__name__).info("no pictures: %s", " ".join(str(error).split()))
+
+
+def _shown(value: Any) -> str:
+    """As a file of settings has it; outcome.json has all digits."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]) -> tuple[TrainConfig, Path]:

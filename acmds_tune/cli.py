@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acmds_optimizer import __version__
 from acmds_optimizer.closed_pipe import ends_with_its_reader
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.journal import is_unbegun, make_room
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     search = commands.add_parser(

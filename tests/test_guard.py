@@ -332,6 +332,21 @@ def test_buffers_that_a_model_replaces_are_put_back_too():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("micro_batch", "still"), [(1, True), (8, False)])
+def test_copies_are_made_on_the_device_again_once_a_step_of_several_samples_fits(micro_batch, still):
+    model = nn.Linear(4, 3)
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), controller)
+    guard._copy_on_host = True
+
+    def attempt(_: int) -> None:
+        model(torch.ones(2, 4)).sum().backward()
+        guard.optimizer_step()
+
+    guard.run(attempt, micro_batch)
+    assert guard._copy_on_host is still
+
+
 def test_what_the_user_names_besides_is_put_back_though_a_step_writes_into_its_tensors():
     model = nn.Linear(4, 3)
     controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))

@@ -17,7 +17,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from acmds_optimizer.config import CurriculumConfig
@@ -371,9 +370,8 @@ class GraphedMicroBatches:
         graph = torch.cuda.CUDAGraph()
         self.captures += 1
         try:
-            # NCCL has a thread that looks at events, which would end a capture that minds all threads
-            mode = "thread_local" if dist.is_available() and dist.is_initialized() else "global"
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
+            # the threads that pin batches and that NCCL has call CUDA meanwhile: a capture that minds all would end
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = run()
         except Exception as error:
             if is_out_of_memory(error):

@@ -179,14 +179,16 @@ def _train(
 
     def after_epoch(figures: dict[str, float]) -> None:
         nonlocal saved_epoch
-        if "is_best" in figures:  # else the epoch was cut off, and a resumed run will write its row
+        validated = "is_best" in figures
+        if validated:  # else a resumed run will write its row
             difficulty = trainer.dataset.difficulty_scores
             ranks = epochs.write(trainer.epoch_number, trainer.step, trainer.seconds, figures, difficulty)
             figures |= ranks
             trainer.recorder.scalars(trainer.step - 1, {"difficulty": difficulty})
         is_best = bool(figures.pop("is_best", False))
         trainer.recorder.scalars(trainer.step - 1, figures)
-        logger.info("epoch %d: %s", trainer.epoch_number, describe_epoch(figures, is_best=is_best))
+        epoch = f"epoch {trainer.epoch_number}" + ("" if validated else ", stopped before its validation")
+        logger.info("%s: %s", epoch, describe_epoch(figures, is_best=is_best))
         due = trainer.epoch - saved_epoch >= config.checkpoint_every
         if due or is_best or trainer.finished or trainer.stopping:
             save(best=is_best)

@@ -193,6 +193,8 @@ class Guard:
         while True:
             value, message = self._try(attempt, micro_batch)
             if message is None:
+                if self._undo_optimizer is not None and micro_batch > 1:  # there is room for copies on the device
+                    self._copy_on_host = False
                 self._undo_optimizer = None
                 return GuardedResult(cast(Result, value), micro_batch, tuple(events))
             undo()
