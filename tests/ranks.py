@@ -156,6 +156,18 @@ def normalised(rank: int) -> dict[str, Any]:
     return fitted(layers=[nn.BatchNorm1d(20)], ema_decay=0.5)
 
 
+def own_start(rank: int) -> dict[str, Any]:
+    """Each process has drawn weights of its own, some of which are frozen, and has other statistics."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 2))
+    model[0].requires_grad_(False)
+    model[1].running_mean.fill_(rank)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = TrainConfig(target_headroom_gb=0.000001, enable_amp=False)
+    with ACMDSTrainer(model, data(), torch.optim.SGD(trained, lr=0.1), config, memory=BudgetedCpuMemory(PLENTY)):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+
 def cut_off(rank: int) -> dict[str, Any]:
     """A run that ends in the middle of its first epoch, and is validated there."""
     trainer = make(layers=[nn.BatchNorm1d(20)], max_steps=5)
@@ -200,7 +212,7 @@ def hopeless(rank: int) -> dict[str, Any]:
 
 
 SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
-    equal, struck, struck_optimizer, free, noisy, sometimes, normalised, cut_off, few, stopped, hopeless,
+    equal, struck, struck_optimizer, free, noisy, sometimes, normalised, own_start, cut_off, few, stopped, hopeless,
 ]  # fmt: skip
 
 

@@ -214,6 +214,11 @@ def test_statistics_of_normalisations_are_shared(two):
     assert first["evaluation"] == second["evaluation"]
 
 
+def test_all_begin_with_the_weights_and_statistics_of_the_first(two):
+    first, second = (seen["own_start"] for seen in two)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_a_run_that_ends_in_an_epoch_is_validated_with_the_statistics_of_all(two):
     first, second = (seen["cut_off"] for seen in two)
     assert all(torch.equal(a, b) for a, b in zip(first["statistics"], second["statistics"], strict=True))

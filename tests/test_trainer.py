@@ -598,6 +598,21 @@ def test_cached_blocks_that_stand_in_the_headroom_are_released_and_ever_less_oft
     assert memory.released[-1] == "garbage and cache"
 
 
+def test_a_controller_that_goes_back_to_an_earlier_state_releases_at_once_where_it_must():
+    memory = _Caching(10 * GIB)
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=3), memory=memory)
+    controller.observe(4)
+    state = controller.state_dict()
+    for _ in range(300):
+        memory.reserved = 8 * GIB
+        controller.observe(4)
+    controller.load_state_dict(state)
+    memory.released.clear()
+    memory.reserved = 8 * GIB
+    controller.observe(4)
+    assert memory.released == ["cache"]
+
+
 class _Card(BudgetedCpuMemory):
     """Keeps what was allocated reserved until it is released, and the peaks of both until they are reset."""
 

@@ -202,11 +202,12 @@ class Ranks:
 
     # --- tensors, on their device
 
-    def prepare(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    def prepare(self, parameters: Sequence[nn.Parameter], model: nn.Module) -> list[Tensor]:
         """Make room for gradients on their way, so that nothing is allocated in a step, and start the connections.
 
         Args:
-            parameters: whose gradients will be added up; they are made those of the first process.
+            parameters: whose gradients will be added up.
+            model: whose parameters and buffers, frozen ones too, are made those of the first process.
 
         Returns:
             The room, which is held as long as this object.
@@ -218,8 +219,8 @@ class Ranks:
             room = max(max(sizes), min(sum(sizes), _BUCKET_NUMBERS))
             self._scratch[dtype] = torch.zeros(room, dtype=dtype, device=parameters[0].device)
         with naming_failures(), torch.no_grad():
-            for parameter in parameters:
-                dist.broadcast(parameter, 0)
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor, 0)
             for scratch in self._scratch.values():
                 dist.all_reduce(scratch)
         return list(self._scratch.values())

@@ -143,7 +143,7 @@ class ACMDSTrainer:
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.schedule = LearningRate(optimizer, self.config)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.controller.memory.track(self.ranks.prepare(parameters))
+        self.controller.memory.track(self.ranks.prepare(parameters, self.model))
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
             self.model, self.guard, make_loss(self.config, loss_fn), dtype, channels_last,

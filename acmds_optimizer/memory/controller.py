@@ -382,6 +382,7 @@ class MemoryPressureController:
         self.state = law.State(**scalars, peaks=PeakModel.from_state_dict(state["peaks"]), times=times)
         self.step, self._reserved_ratio, self._highest_allocated = step, ratio, highest
         self._pool_ratio = pool_ratio
+        self._release_pause, self._next_release_step = 1, 0
 
 
 def _ratio(reserved: int, allocated: int, base: int) -> float:
