@@ -72,8 +72,8 @@ def test_wrong_labels_are_flagged_and_count_nothing(settings):
     )
 
 
-def test_a_tenth_of_the_training_has_passed_before_a_loss_counts():
-    trainer = make(0, direction="auto", epochs=20)
+def test_a_twentieth_of_the_training_has_passed_before_a_loss_counts():
+    trainer = make(0, direction="auto", epochs=40)
     warm = []
     for _ in range(3):
         trainer.train_epoch()
