@@ -304,7 +304,7 @@ def test_a_trial_behind_the_others_is_pruned_with_what_it_measured(search: Calla
 def test_two_trials_run_at_once_where_that_is_asked_for_and_each_is_started_once(
     search: Callable[..., SearchResult], backend: str
 ) -> None:
-    text = TEXT.replace("silence: 1", "silence: 20") + "resources: {concurrent_trials: 2}\n"
+    text = TEXT.replace("silence: 1", "silence: 45") + "resources: {concurrent_trials: 2}\n"
     result = search("meets_another", text, backend=backend)
     assert list(table(result).status) == ["ok"] * 6
     for number in range(6):
