@@ -232,7 +232,7 @@ def _extend(arguments: argparse.Namespace) -> int:
 
 def _go_on(arguments: argparse.Namespace, trials: Callable[[int], int]) -> int:
     """Resume a study; `trials` makes the number that it is to have from the one that it was to have."""
-    from acmds_tune.study import read_about  # imports Optuna
+    from acmds_tune.storage import read_about  # imports Optuna
 
     about = read_about(arguments.directory)
     overrides = {"name": about["name"], "trials": trials(about["space"]["trials"])}

@@ -66,7 +66,7 @@ def _print_trials(study: StudyRecord) -> None:
 def status(directory: Path) -> int:
     """Print how far a study is, whether a search is running, and what the best is so far."""
     from acmds_tune.report import load_study
-    from acmds_tune.study import read_about
+    from acmds_tune.storage import read_about
 
     study, about = load_study(directory), read_about(directory)
     running = is_held(directory)
@@ -140,7 +140,8 @@ def compare(one: Path, other: Path) -> int:
 def import_study(directory: Path, source: Path) -> int:
     """Make the trials of another study known to this one."""
     from acmds_tune.space_load import load
-    from acmds_tune.study import SearchStudy, read_about
+    from acmds_tune.storage import read_about
+    from acmds_tune.study import SearchStudy
 
     about = read_about(directory)
     overrides = {"name": about["name"], "trials": about["space"]["trials"]}
@@ -160,7 +161,7 @@ def dashboard(directory: Path, port: int) -> int:
         raise ConfigError(str(directory), [f"is not the folder of a study: it has no {JOURNAL}"])
     if importlib.util.find_spec("optuna_dashboard") is None:
         raise ACMDSError("the dashboard is not installed: pip install optuna-dashboard")
-    from acmds_tune.study import serve_dashboard
+    from acmds_tune.storage import serve_dashboard
 
     print(f"http://127.0.0.1:{port}/", flush=True)
     serve_dashboard(directory, port)

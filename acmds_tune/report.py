@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer.engine.columns import Column
-from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.files import replacing
 from acmds_tune.columns import (
     CONFIG_PREFIX,
@@ -28,7 +27,6 @@ from acmds_tune.columns import (
     described_trial_columns,
     trial_columns,
 )
-from acmds_tune.journal import JOURNAL, readable
 from acmds_tune.records import (
     DONE,
     Confirmation,
@@ -65,7 +63,9 @@ def load_study(study_dir: str | Path) -> StudyRecord:
     Raises:
         ConfigError: there is no journal in `study_dir`, or it holds no study.
     """
-    return record(_open(study_dir), Path(study_dir))
+    from acmds_tune.storage import open_study  # imports Optuna
+
+    return record(open_study(Path(study_dir)), Path(study_dir))
 
 
 def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
@@ -77,7 +77,9 @@ def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    whole = _open(study_dir)
+    from acmds_tune.storage import open_study
+
+    whole = open_study(Path(study_dir))
     study = record(whole, Path(study_dir))
     done = {trial.number for trial in study.of_stages(SAMPLED) if trial.status in DONE and trial.values is not None}
     if len(done) < FEWEST_TRIALS_FOR_IMPORTANCES:
@@ -105,22 +107,6 @@ def _with_value(trial: optuna.trial.FrozenTrial, position: int) -> optuna.trial.
     return optuna.trial.create_trial(
         params=trial.params, distributions=trial.distributions, value=trial.values[position]
     )
-
-
-def _open(study_dir: str | Path) -> optuna.Study:
-    journal = Path(study_dir) / JOURNAL
-    if not journal.is_file():  # Optuna would make an empty one
-        raise ConfigError(str(study_dir), [f"is not the folder of a study: it has no {JOURNAL}"])
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    with readable(journal):
-        storage = JournalStorage(JournalFileBackend(str(journal)))
-        names = optuna.get_all_study_names(storage)
-        if not names:
-            raise ConfigError(str(journal), ["holds no study"])
-        return optuna.load_study(study_name=names[0], storage=storage)
 
 
 def is_row(trial: optuna.trial.FrozenTrial) -> bool:

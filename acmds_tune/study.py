@@ -5,15 +5,13 @@ Here a proposal becomes settings to train with, and an end becomes what the samp
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +19,13 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.files import replacing
 from acmds_tune import nvml
-from acmds_tune.journal import JOURNAL, hold, make_new, mend, readable
+from acmds_tune.journal import JOURNAL, hold, make_new, mend
 from acmds_tune.objective import Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
@@ -47,6 +44,7 @@ from acmds_tune.samplers import (
 )
 from acmds_tune.space import Space, derived_seed, ordered, space_differences
 from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step, searched
+from acmds_tune.storage import Journal, read_about
 
 logger = logging.getLogger(__name__)
 
@@ -76,38 +74,6 @@ class Proposal:
     """What runs it; None: as all others."""
 
 
-class _Journal(JournalFileBackend):
-    """A journal that can wait for the disk once for many lines: for each one it takes milliseconds."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writers = JournalFileSymlinkLock(str(path))
-        self._waits = True
-        super().__init__(str(path), lock_obj=self._writers)
-
-    @contextmanager
-    def one_wait(self) -> Iterator[None]:
-        """Lines written within this context are for others to read at once, and on the disk at its end."""
-        self._waits = False
-        try:
-            yield
-        finally:
-            self._waits = True
-            with self._path.open("rb") as file:
-                os.fsync(file.fileno())
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        if self._waits:
-            super().append_logs(logs)
-            return
-        self._writers.acquire()
-        try:
-            with self._path.open("ab") as file:
-                file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
-        finally:
-            self._writers.release()
-
-
 class SearchStudy:
     """Proposes trials and learns from their ends. One process at a time holds a study.
 
@@ -119,7 +85,7 @@ class SearchStudy:
         lock: open descriptor that holds the folder for this process.
     """
 
-    def __init__(self, directory: Path, space: Space, study: optuna.Study, journal: _Journal, lock: int) -> None:
+    def __init__(self, directory: Path, space: Space, study: optuna.Study, journal: Journal, lock: int) -> None:
         self.directory = directory
         self.space = space
         self._study = study
@@ -167,7 +133,7 @@ class SearchStudy:
         for left_over in (directory / JOURNAL, directory / f"{JOURNAL}.lock"):
             left_over.unlink(missing_ok=True)
         (directory / "study.yaml").write_text(yaml_text, encoding="utf-8")
-        journal = _Journal(directory / JOURNAL)
+        journal = Journal(directory / JOURNAL)
         study = optuna.create_study(
             study_name=space.name,
             storage=JournalStorage(journal),
@@ -279,7 +245,7 @@ class SearchStudy:
                 str(directory),
                 [*differences, "a changed search is another study: give it another --name, or undo the change"],
             )
-        journal = _Journal(directory / JOURNAL)
+        journal = Journal(directory / JOURNAL)
         study = optuna.load_study(study_name=about["name"], storage=JournalStorage(journal), pruner=new_pruner(space))
         started = sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         study.set_user_attr("acmds", {**about, "space": space.model_dump(mode="json")})
@@ -566,30 +532,6 @@ class SearchStudy:
         return result
 
 
-def read_about(directory: Path) -> dict[str, Any]:
-    """What the study in `directory` was started with: name, objectives, yaml, space, set.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if not (directory / JOURNAL).is_file():
-        raise ConfigError(str(directory), [f"is not the folder of a study: it has no {JOURNAL}"])
-    with readable(directory / JOURNAL):
-        storage = _storage(directory)
-        names = optuna.get_all_study_names(storage)
-        about = optuna.load_study(study_name=names[0], storage=storage).user_attrs.get("acmds") if names else None
-    if not about:
-        raise ConfigError(str(directory / JOURNAL), ["holds no study of acmds-tune"])
-    return dict(about)
-
-
-def serve_dashboard(directory: Path, port: int) -> None:
-    """Serve optuna-dashboard for the study in `directory`, on this machine only."""
-    from optuna_dashboard import run_server
-
-    run_server(_storage(directory), host="127.0.0.1", port=port)
-
-
 def _plain(value: Any) -> str:
     return "not measured" if value is None else f"{value:g}"
 
@@ -617,7 +559,3 @@ def fingerprint(space: Space) -> dict[str, Any]:
         "torch": installed("torch"),
         "acmds": installed("acmds"),
     }
-
-
-def _storage(directory: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(directory / JOURNAL)))

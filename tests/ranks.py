@@ -161,7 +161,7 @@ def own_start(rank: int) -> dict[str, Any]:
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 2))
     model[0].requires_grad_(False)
-    model[1].running_mean.fill_(rank)
+    model.get_buffer("1.running_mean").fill_(rank)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = TrainConfig(target_headroom_gb=0.000001, enable_amp=False)
     with ACMDSTrainer(model, data(), torch.optim.SGD(trained, lr=0.1), config, memory=BudgetedCpuMemory(PLENTY)):

@@ -19,7 +19,7 @@ SEARCH_ENGINES = {"ray", "optuna"}
 SLOW_TO_IMPORT = {"torch", "torchvision", "ray", "optuna", "plotly", "pandas", "sklearn"}
 
 # In acmds_tune: who imports Ray or Optuna at the top, and who may inside a function.
-ENGINE_ROOMS = {"ray_backend.py", "samplers.py", "study.py", "trainable.py"}
+ENGINE_ROOMS = {"ray_backend.py", "samplers.py", "storage.py", "study.py", "trainable.py"}
 LAZY_ENGINE_ROOMS = ENGINE_ROOMS | {"report.py", "doctor.py", "cli.py"}
 
 HELP_LIMIT_S = 1.0

@@ -18,7 +18,8 @@ from acmds_tune.objective import Ended, write_outcome
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 from acmds_tune.stages import default_values
-from acmds_tune.study import BAD_END_VIOLATION, SearchStudy, read_about
+from acmds_tune.storage import read_about
+from acmds_tune.study import BAD_END_VIOLATION, SearchStudy
 from tests.fake_objectives import figures
 
 TEXT = """
