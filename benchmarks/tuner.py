@@ -1,6 +1,6 @@
 """What a search costs beside the training, and what survives a kill. CSV on stdout, progress on stderr.
 
-    python -m benchmarks.tuner overhead [TRIALS]            # CPU, 1 to 2 minutes: seconds lost a trial beyond training
+    python -m benchmarks.tuner overhead [TRIALS] [DEVICE]   # 1 to 2 minutes: seconds lost a trial beyond training
     python -m benchmarks.tuner kill [KILLS]                 # CPU, minutes: kill -9 at random moments, and resume
     python -m benchmarks.tuner study FILE.yaml [SECONDS]    # a search, and what it found beside its baselines
     python -m benchmarks.tuner pair [TRIALS] [DEVICE]       # two GPUs (or `cpu`): trials an hour, one and two at once
@@ -39,6 +39,17 @@ search:
   min_batch_size: {{low: 4, high: 32}}
 """
 
+QUICK_ON_GPU = """
+trials: {trials}
+seed: 1
+objective: speed
+budget: {{seconds: 1}}
+fixed: {{dataset: benchmarks.synthetic_images:float224, model: resnet50, memory_limit_gb: 23.2, target_headroom_gb: 3.0,
+  channels_last: true, epochs: 1000}}
+search:
+  max_batch_size: {{low: 64, high: 256, step: 32}}
+"""
+
 LATER_STAGES = """
 anchor_every: 9
 baselines: [default, fixed batch]
@@ -66,9 +77,10 @@ def tune(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "acmds_tune.cli", *arguments]
 
 
-def overhead(folder: Path, backend: list[str], trials: int = 30) -> None:
+def overhead(folder: Path, backend: list[str], trials: int = 30, device: str = "cpu") -> None:
     """Seconds of a trial that are not training, from its start to the start of the next one."""
-    (folder / "overhead.yaml").write_text(QUICK.format(trials=trials), encoding="utf-8")
+    text = QUICK if device == "cpu" else QUICK_ON_GPU
+    (folder / "overhead.yaml").write_text(text.format(trials=trials), encoding="utf-8")
     subprocess.run(
         tune("search", str(folder / "overhead.yaml"), "--results-dir", str(folder), *backend),
         check=True,

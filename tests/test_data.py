@@ -221,11 +221,11 @@ def test_running_out_of_memory_in_take_loses_no_sample(source):
     whole = take_all(source, [])
     normalise, failures = source.normalise, [True]
 
-    def fail_once(*given):
+    def fail_once(images):
         if failures:
             failures.clear()
             raise torch.OutOfMemoryError("no room")
-        return normalise(*given)
+        return normalise(images)
 
     with source.stream(ORDER, epoch=3, augment=True) as stream:
         first = stream.take(10)
@@ -555,9 +555,7 @@ def test_normalisation_equals_torchvision():
     images = small_images(5).images
     spec = spec_for()
     expected = functional.normalize(images.float() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
-    normaliser = Normaliser(spec, CPU)
-    assert torch.allclose(normaliser(images), expected, atol=1e-6)
-    assert torch.equal(normaliser(images, torch.bfloat16), normaliser(images).to(torch.bfloat16))
+    assert torch.allclose(Normaliser(spec, CPU)(images), expected, atol=1e-6)
 
 
 def test_images_without_statistics_are_scaled_to_0_to_1():

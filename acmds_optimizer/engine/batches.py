@@ -18,7 +18,7 @@ class Batch:
     """Samples on the device.
 
     Attributes:
-        inputs: (n, C, H, W) normalised, float32 or autocast's type (float data: (n, ...) as it came).
+        inputs: (n, C, H, W) float32, normalised (float data: (n, ...) as it came).
         targets: (n,) int64 class numbers.
         indices: (n,) int64, which samples of the data set.
         weights: (n,) float32, how much each counts in the loss.
@@ -140,13 +140,7 @@ class EpochPart:
 
 
 class DataSource(ABC):
-    """A data set that can be streamed in any order.
-
-    Attributes:
-        input_dtype: of the images that later streams give, where the source can give them rounded.
-    """
-
-    input_dtype = torch.float32
+    """A data set that can be streamed in any order."""
 
     @abstractmethod
     def __len__(self) -> int: ...

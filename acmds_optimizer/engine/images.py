@@ -54,7 +54,7 @@ class InputSpec:
 
 
 class Normaliser:
-    """uint8 (n, C, H, W) to (image / 255 - mean) / std, on the device. Floats are passed through.
+    """uint8 (n, C, H, W) to float32 (image / 255 - mean) / std, on the device. Floats are passed through.
 
     Args:
         spec: how images become inputs.
@@ -74,14 +74,12 @@ class Normaliser:
             self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
             self._shift = (-mean / std).view(-1, 1, 1).to(device)
 
-    def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The images, computed in float32 and rounded once to `dtype`."""
+    def __call__(self, images: Tensor) -> Tensor:
         if self._identity:
             return images
         if images.device.type == "cpu":  # where one pass over mixed types is slower
-            return images.to(torch.float32).mul_(self._scale).add_(self._shift).to(dtype)
-        result = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=self._layout)
-        return torch.addcmul(self._shift, images.contiguous(memory_format=self._layout), self._scale, out=result)
+            return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+        return torch.addcmul(self._shift, images.contiguous(memory_format=self._layout), self._scale)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
@@ -133,49 +131,6 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return run
-
-
-class InputUses(TorchFunctionMode):
-    """Watches what a model does with its inputs under autocast, while it is entered.
-
-    Args:
-        inputs: what the model is given.
-        device_type: where it computes.
-    """
-
-    def __init__(self, inputs: Tensor, device_type: str) -> None:
-        super().__init__()
-        self._inputs = inputs
-        self._device_type = device_type
-        self._cast, self._others = 0, 0
-
-    @property
-    def only_cast(self) -> bool:
-        """Whether all that was done with their values begins with autocast's rounding, so that it may come before."""
-        return self._cast > 0 and not self._others
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if self._is_in([*args, *kwargs.values()]):
-            if func in _ROUNDING and torch.is_autocast_enabled(self._device_type):
-                self._cast += 1
-            elif func not in _ASKING and not (func is Tensor.contiguous and result is self._inputs):
-                self._others += 1
-        return result
-
-    def _is_in(self, values: Sequence[Any]) -> bool:
-        return any(
-            value is self._inputs or (isinstance(value, (list, tuple)) and self._is_in(value)) for value in values
-        )
-
-
-_ROUNDING = (torch.conv1d, torch.conv2d, torch.conv3d, functional.linear)
-"""What autocast computes in its own type."""
-_ASKING = (Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.size, Tensor.dim)  # type: ignore[attr-defined]
-"""What does not depend on the values."""
 
 
 @contextmanager

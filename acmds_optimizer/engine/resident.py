@@ -131,4 +131,4 @@ class ResidentStream(EpochStream):
             images = pick(source.sized, indices)
         else:
             images = self._shifts.cut(source.sized, indices, start, stop)
-        return source.normalise(images, source.input_dtype), source.targets.index_select(0, indices)
+        return source.normalise(images), source.targets.index_select(0, indices)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acmds_optimizer.engine.batches import Batch, near_equal
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
-from acmds_optimizer.engine.prepare import InputUses, running_statistics
+from acmds_optimizer.engine.prepare import running_statistics
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.guard import Guard
 
@@ -55,9 +55,6 @@ class TrainStep:
         """Whether the logits come back beside the losses, for what the curriculum makes of them."""
         self.num_classes: int | None = None
         """Outputs that the labels need; None: not known."""
-        self.input_dtype = torch.float32
-        """In which inputs may come: autocast's type once the model was seen to read them in no other."""
-        self._uses_known = amp_dtype is None or compiled
         self._run: Callable[[Tensor], Any] = model
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
@@ -145,16 +142,7 @@ class TrainStep:
         cache = self.graphs is None
         model = model or self.model
         with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
-            if model is not self.model or not model.training:
-                outputs = model(inputs)
-            elif self._uses_known:
-                outputs = self._run(inputs)
-            else:
-                with InputUses(inputs, self.device_type) as uses:
-                    outputs = model(inputs)
-                self._uses_known = True
-                if self.amp_dtype is not None and uses.only_cast:
-                    self.input_dtype = self.amp_dtype
+            outputs = (self._run if model is self.model and model.training else model)(inputs)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"{type(self.model).__name__} must give one tensor of logits (B, C), but gives a "

@@ -303,8 +303,6 @@ class ACMDSTrainer:
     def _open_stream(self) -> EpochStream:
         """What is left of the epoch; of several processes, this one's part of it."""
         plan, start, positions = self.sampler.plan, self.sampler.position, None
-        if self.growth is None and self.mixing.transform is None:  # which compute with inputs
-            self.source.input_dtype = self.train_step.input_dtype
         if self.team is not None:
             start, positions = 0, self.team.deal(start, self.sampler.num_samples)
         return self.source.stream(

@@ -103,7 +103,7 @@ class WorkerStream(EpochStream):
         if self._shifts is not None:
             everyone = torch.arange(len(pixels), device=pixels.device)
             pixels = self._shifts.cut(pixels, everyone, start, stop)
-        return self._source.normalise(pixels, self._source.input_dtype), labels
+        return self._source.normalise(pixels), labels
 
     def _fetch(self) -> None:
         """One more chunk onto the device. Kept if that runs out of memory, so that no sample is lost."""
