@@ -176,7 +176,7 @@ def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the
     memory.step(base=1000, peak=3000, reserved=3200)
     controller.observe(64)  # eager: a tenth more is reserved than was allocated between steps and peak
     eager = controller.state.peaks.predict(64)
-    assert eager == pytest.approx(1000 + 2000 * (1 + 0.3 * 0.1))
+    assert eager == pytest.approx(1000 + 2000 * 1.1)
     memory.step(base=1100, peak=1200, reserved=3900)
     controller.observe(64, excess_bytes=2000)
     assert controller.reading.peak_allocated_bytes == 3100
@@ -191,6 +191,20 @@ def test_a_replayed_step_counts_all_that_is_reserved_and_an_eager_one_beside_the
     assert controller.state.peaks.predict(8) == pytest.approx(1100 + 400 * 1.4), "what it would need as a graph"
     controller.observe(4)
     assert controller.state.peaks.predict(4) == pytest.approx(1100 + 400 * controller._reserved_ratio)
+
+
+def test_how_much_more_is_reserved_than_allocated_is_learned_anew_from_a_step_twice_as_large():
+    memory = Scripted()
+    controller = MemoryPressureController(memory=memory, config=CurriculumConfig(target_headroom_gb=1000 / 2**30))
+    memory.step(base=1000, peak=1100, reserved=1150)
+    controller.observe(1)
+    assert controller._reserved_ratio == 1.5, "much of a small step is what blocks are rounded up by"
+    memory.step(base=1000, peak=1190, reserved=1190)
+    controller.observe(2)
+    assert controller._reserved_ratio == pytest.approx(1.35)
+    memory.step(base=1000, peak=3000, reserved=3020)
+    controller.observe(20)
+    assert controller._reserved_ratio == pytest.approx(1.01)
 
 
 def test_a_replay_in_a_pool_of_larger_graphs_counts_what_a_pool_of_its_own_would_need():

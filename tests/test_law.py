@@ -596,3 +596,23 @@ def test_a_decision_costs_less_than_a_millisecond():
         state = law.observe(state, law.Observation(step, row.batch, row.work, row.peak, GIB, 24 * GIB), chooser.limits)
         state, _ = law.decide(state, chooser.limits, 24 * GIB, row.work / row.batch, step)
     assert (time.perf_counter() - began) / 200 < 1e-3
+
+
+def test_the_next_size_is_not_tried_where_it_is_known_to_cost_the_headroom():
+    """An effective batch that is held has few sizes, far apart: of 256 and 512 the smaller one is right here."""
+    held = limits(policy="hold", effective=512)
+    plant = Plant("ResNet-50", card_gb=23.2, base_gb=0.8, intercept_gb=1.0, slope_gb=0.0408)
+    state = law.State()
+    for step in range(60):
+        state, decision = law.decide(state, held, plant.budget(step), step=step, rehearsal=step < 3)
+        assert decision.batch <= 256
+        seen = law.Observation(
+            step,
+            decision.batch,
+            decision.batch,
+            plant.peak(decision.batch, step),
+            plant.base_gb * GIB,
+            plant.budget(step),
+        )
+        state = law.observe(state, seen, held)
+    assert decision.batch == 256

@@ -66,6 +66,13 @@ def test_a_flat_floor_of_many_sizes_is_not_taken_for_a_line():
     assert model.least_slope == 0.0
 
 
+def test_two_sizes_however_far_apart_say_how_steep_it_is_at_least():
+    far, straight = taught([(4, line(4)), (256, line(256))]), line(512)
+    assert far.least(512) == pytest.approx(straight * 1.05)
+    assert taught([(4, 3000.0), (256, line(256))]).least(512) < straight * 1.05, "the smaller may lie on a floor"
+    assert taught([(256, line(256))]).least_slope == 0.0
+
+
 def test_between_sizes_a_hinge_is_never_predicted_too_low():
     model = taught([(w, max(3000.0, line(w))) for w in (4, 32, 128)])
     for work in range(4, 129):

@@ -731,6 +731,18 @@ def test_what_the_first_use_of_a_size_takes_beyond_is_not_held_against_it():
     assert sizes == [512, 512]
 
 
+@pytest.mark.parametrize(("limit_bytes", "kept"), [(200_000, True), (130_000, False)])
+def test_blocks_that_the_first_step_will_need_are_kept_after_the_rehearsal(limit_bytes, kept, monkeypatch):
+    released = []
+    card = BudgetedCpuMemory(limit_bytes)
+    trainer = make(card, min_batch_size=1, max_batch_size=64, target_headroom_gb=3e-5, batch_policy="free")
+    steps = trainer.recorder.figures
+    monkeypatch.setattr(trainer.controller, "release_cache", lambda **_: released.append(steps["steps"]))
+    with trainer:
+        trainer.train_epoch()
+    assert released == ([] if kept else [0])
+
+
 def test_what_comes_to_lie_between_steps_is_in_the_next_prediction_once_it_was_read():
     trainer = make()
     with trainer:

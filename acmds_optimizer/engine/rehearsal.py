@@ -72,7 +72,8 @@ def rehearse(
         if leap:
             break
     guard.optimizer.zero_grad(set_to_none=True)
-    controller.release_cache(collect=False)  # sizes that are not used again have left their blocks
+    if controller.decide(sample_work).batch != last:  # else the blocks are those that the first step needs
+        controller.release_cache(collect=False)
 
 
 def check_size(train_step: TrainStep, batch: Batch) -> None:

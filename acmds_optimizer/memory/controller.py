@@ -240,7 +240,10 @@ class MemoryPressureController:
         # highest allocated since the cache was last released
         if allocated >= 0.98 * self._highest_allocated and allocated > base:
             self._highest_allocated = max(self._highest_allocated, allocated)
-            self._reserved_ratio += 0.3 * (_ratio(reserved, allocated, base) - self._reserved_ratio)
+            # blocks are rounded up, which is much of a small step: it says nothing of one that needs twice as much
+            peaks = self.state.peaks
+            share = 1.0 if allocated - base > 2.0 * (peaks.largest_peak - peaks.base) else 0.3
+            self._reserved_ratio += share * (_ratio(reserved, allocated, base) - self._reserved_ratio)
 
     def _learn_pool_ratio(self, allocated: int, reserved: int, base: int) -> None:
         if allocated > base:

@@ -197,14 +197,17 @@ def _margin(residuals: tuple[float, ...]) -> float:
 def _slopes(bins: list[Bin]) -> tuple[float, float]:
     """Bytes a unit of work beyond the largest seen, at most and at least.
 
-    At least what least squares say of the upper four octaves. That is also the most where three or more lie on one
-    rising line; else it is the line from the origin through the largest, which is never too low.
+    At least what least squares say of the upper four octaves, or the line through the largest and the next smaller one
+    where that is further below. That is also the most where three or more lie on one rising line; else it is the line
+    from the origin through the largest, which is never too low.
     """
     top = bins[-1]
     ray = top.excess / top.work
+    if len(bins) < 2:
+        return ray, 0.0
     chosen = [bin_ for bin_ in bins if bin_.work >= top.work / 2**_FIT_OCTAVES]
     if len(chosen) < 2:
-        return ray, 0.0
+        chosen = bins[-2:]
     weights = [min(bin_.count, 8) for bin_ in chosen]
     total = sum(weights)
     mean_work = sum(w * bin_.work for w, bin_ in zip(weights, chosen, strict=True)) / total
