@@ -274,7 +274,7 @@ class TrainConfig(CurriculumConfig):
     """Also send the curves to Weights & Biases (WANDB_MODE=offline keeps them here). Needs the extra `wandb`."""
 
     checkpoint_every: Annotated[int, Ge(0)] = 1
-    """Epochs between checkpoints; 0: none."""
+    """Epochs between checkpoints; 0: none, but those that checkpoint_every_steps asks for, and then best and last."""
 
     checkpoint_every_steps: PositiveInt | None = None
     """Also a checkpoint after every so many optimizer steps, in the middle of an epoch; none: at its end only."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from acmds_optimizer import __version__
 from acmds_optimizer.closed_pipe import ends_with_its_reader
+from acmds_optimizer.config import nearest
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.journal import is_unbegun, make_room
 from acmds_tune.space import Space
@@ -52,7 +53,11 @@ INTERRUPTED_EXIT = 130
 @ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0; 1 where it failed; 2 for wrong usage; 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = nearest(unknown[0].lstrip("-").partition("=")[0], list(vars(arguments)))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     logging.basicConfig(level=logging.WARNING, format="acmds-tune: %(message)s", stream=sys.stderr)
     try:
         return int(arguments.run(arguments))

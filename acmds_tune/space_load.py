@@ -173,6 +173,8 @@ def _objectives(items: list[Any], source: Source) -> list[Objective]:
         except ValidationError as error:
             _complain_all(error, path, list(Objective.model_fields), source)
     names = [objective.name for objective in result]
+    if not items:
+        source.complain(("objective",), "names no figure; write speed, pareto or a figure, or leave the key out")
     if len(set(names)) < len(names):
         source.complain(("objective",), "the same figure twice")
     return result or Space.model_fields["objective"].default

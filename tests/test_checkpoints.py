@@ -143,6 +143,16 @@ def test_a_run_stopped_in_the_middle_of_epochs_equals_one_that_was_not(tmp_path)
     assert_same_training(parts, tmp_path / "whole")
 
 
+def test_checkpoints_by_steps_alone(tmp_path):
+    settings = config(max_steps=12, checkpoint_every=0, checkpoint_every_steps=5, keep_checkpoints=9)
+    run_training(settings, output_dir=tmp_path / "both")
+    kept = {path.name for path in (tmp_path / "both").glob("*.pt")}
+    assert kept >= {"checkpoint_00000005.pt", "checkpoint_00000010.pt", "checkpoint.pt", "best.pt"}
+    settings.checkpoint_every_steps = None
+    run_training(settings, output_dir=tmp_path / "none")
+    assert not list((tmp_path / "none").glob("*.pt"))
+
+
 class Killed(BaseException):
     pass
 

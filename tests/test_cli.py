@@ -116,7 +116,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     ("arguments", "message"),
     [
         (["--dataset", "nowhere", "--device", "cpu"], "no data set and no folder named 'nowhere'"),
-        (["--model", "resnet5", "--dataset", "digits", "--device", "cpu"], "did you mean resnet50"),
+        (["--model", "resnet5", "--dataset", "read after this", "--device", "cpu"], "did you mean resnet50"),
         (["--resume", "nowhere"], "nowhere does not exist"),
         (["--device", "tpu", "--dataset", "digits"], "use cuda, cuda:N or cpu"),
         (["--config", "nowhere.json"], "nowhere.json: 1 problem"),

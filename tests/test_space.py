@@ -272,6 +272,10 @@ def test_an_unknown_figure_is_refused_with_the_nearest(problems: Any) -> None:
     assert "(did you mean 'val_accuracy'?)" in problems("objective: val_acuracy\n" + SEARCH)[0]
 
 
+def test_an_objective_without_a_figure_is_refused(problems: Any) -> None:
+    assert "objective: names no figure" in problems("objective: []\n" + SEARCH)[0]
+
+
 def test_a_pruner_needs_one_objective_that_a_running_trial_reports(problems: Any) -> None:
     assert "pruner: needs one objective" in problems("objective: pareto\npruner: asha\n" + SEARCH)[0]
 

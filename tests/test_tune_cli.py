@@ -90,6 +90,18 @@ def test_wrong_usage_is_explained_and_has_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"), [(["--trails", "3"], " (did you mean 'trials'?)"), (["--zzz"], ""), (["a", "b"], "")]
+)
+def test_the_nearest_flag_is_named(
+    arguments: list[str], hint: str, space_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["search", str(space_file), *arguments])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {' '.join(arguments)}{hint}\n")
+
+
 def test_a_results_folder_that_cannot_be_made_is_said_before_anything_starts(
     space_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ from acmds_optimizer.files import write_json
 from acmds_optimizer.memory.device import open_memory, prefer_expandable_segments, usable_device
 from acmds_optimizer.zoo.datasets import DataBundle, build_data
 from acmds_optimizer.zoo.items import TensorImages
-from acmds_optimizer.zoo.models import build_model, freeze
+from acmds_optimizer.zoo.models import build_model, check_name, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def run_training(
     began = time.monotonic()
     torch.manual_seed(config.seed)
     device = usable_device(config.device)
+    check_name(config.model, pretrained=config.pretrained)
     with contextlib.ExitStack() as starting:
         with ranks.first_goes_ahead():
             bundle = build_data(config)
@@ -103,7 +104,7 @@ def run_training(
         trainer.load_state_dict(state)
         if trainer.finished and not trainer.unvalidated and ranks.first:
             logger.info("the run had ended already, after %d steps; more --epochs, or --max-steps, go on", trainer.step)
-    keeps = output_dir is not None and config.checkpoint_every > 0
+    keeps = output_dir is not None and bool(config.checkpoint_every or config.checkpoint_every_steps)
     held = contextlib.ExitStack()
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
         new = not _continues(resume, output_dir)
@@ -189,7 +190,7 @@ def _train(
         trainer.recorder.scalars(trainer.step - 1, figures)
         epoch = f"epoch {trainer.epoch_number}" + ("" if validated else ", stopped before its validation")
         logger.info("%s: %s", epoch, describe_epoch(figures, is_best=is_best))
-        due = trainer.epoch - saved_epoch >= config.checkpoint_every
+        due = 0 < config.checkpoint_every <= trainer.epoch - saved_epoch
         if due or is_best or trainer.finished or trainer.stopping:
             save(best=is_best)
             saved_epoch = trainer.epoch

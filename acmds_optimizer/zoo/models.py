@@ -67,8 +67,7 @@ def build_model(
         DataError: unknown name, a callable that cannot be used, a model that cannot take inputs of this size, or
             weights that are not there.
     """
-    if pretrained and (":" in name or name == "small_cnn"):
-        raise DataError(f"model {name!r}: has no pretrained weights here; load them in its own code")
+    check_name(name, pretrained=pretrained)
     if name.startswith("timm/"):
         model = _timm_model(name, num_classes, in_channels, image_size, pretrained)
         _check_size(name, model, in_channels, image_size)
@@ -79,13 +78,39 @@ def build_model(
         if image_size is not None and image_size < 8:
             raise DataError(f"small_cnn takes images of at least 8 px, not {image_size}")
         return SmallCNN(num_classes, in_channels)
-    if name not in model_names():
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), model_names(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(model_names())}"
-        raise DataError(f"no model named {name!r}: {hint} One's own is given as package.module:callable")
     model = _torchvision_model(name, num_classes, in_channels, image_size, pretrained)
     _check_size(name, model, in_channels, image_size)
     return model
+
+
+def check_name(name: str, *, pretrained: bool = False) -> None:
+    """See that `build_model` knows this name, in milliseconds and before any data are read.
+
+    Raises:
+        DataError: it does not, or has no `pretrained` weights for it.
+    """
+    if pretrained and (":" in name or name == "small_cnn"):
+        raise DataError(f"model {name!r}: has no pretrained weights here; load them in its own code")
+    if name.startswith("timm/"):
+        timm, theirs = _timm(name), name.removeprefix("timm/")
+        if not timm.is_model(theirs):
+            close = difflib.get_close_matches(theirs, timm.list_models(), n=3)
+            hint = f": did you mean {' or '.join(f'timm/{each}' for each in close)}?" if close else ""
+            raise DataError(f"timm has no model named {theirs!r}{hint}")
+    elif ":" in name:
+        load_callable(name, "model")
+    elif name not in model_names():
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), model_names(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(model_names())}"
+        raise DataError(f"no model named {name!r}: {hint} One's own is given as package.module:callable")
+
+
+def _timm(name: str) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise DataError(f"model {name!r}: timm is not installed: pip install 'acmds[timm]'") from None
+    return timm
 
 
 def freeze(model: nn.Module, what: str | None) -> None:
@@ -117,15 +142,7 @@ def freeze(model: nn.Module, what: str | None) -> None:
 
 
 def _timm_model(name: str, num_classes: int, in_channels: int, image_size: int | None, pretrained: bool) -> nn.Module:
-    try:
-        import timm
-    except ImportError:
-        raise DataError(f"model {name!r}: timm is not installed: pip install 'acmds[timm]'") from None
-    theirs = name.removeprefix("timm/")
-    if not timm.is_model(theirs):
-        close = difflib.get_close_matches(theirs, timm.list_models(), n=3)
-        hint = f": did you mean {' or '.join(f'timm/{each}' for each in close)}?" if close else ""
-        raise DataError(f"timm has no model named {theirs!r}{hint}")
+    timm, theirs = _timm(name), name.removeprefix("timm/")
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, "pretrained": pretrained}
     try:
         try:
