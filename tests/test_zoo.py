@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import build_data, describe
-from acmds_optimizer.zoo.folders import stratified_split
+from acmds_optimizer.zoo.folders import read_folder, stratified_split
 from acmds_optimizer.zoo.models import build_model, model_names
 
 
@@ -320,6 +320,18 @@ def test_loose_images_are_counted_in_the_error(tmp_path):
 def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"nowhere: no such folder. Expected train/ and val/"):
         load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_links_that_lead_back_are_not_followed(target, tmp_path):
+    write_images(tmp_path / "images", {"ant": 3, "bee": 2})
+    (tmp_path / "more").mkdir()
+    write_images(tmp_path / "more", {"wings": 1})
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name / "up").symlink_to(target)
+    (tmp_path / "images" / "bee" / "more").symlink_to(tmp_path / "more")
+    images, _ = read_folder(tmp_path / "images", 0.0)
+    assert np.bincount(images.targets).tolist() == [3, 3]
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):

@@ -153,15 +153,28 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
 
 
 def _images_below(folder: Path, name: str) -> list[bytes]:
-    """Names, relative to `folder`, of the images below its folder `name`, sorted."""
-    files: list[bytes] = []
-    for parent, folders, entries in os.walk(folder / name, followlinks=True):
-        folders.sort()
-        inside = os.path.relpath(parent, folder)
-        files.extend(
-            os.fsencode(f"{inside}/{entry}") for entry in sorted(entries) if entry.lower().endswith(EXTENSIONS)
-        )
+    """Names, relative to `folder`, of the images below its folder `name`: of each folder its own first, sorted."""
+    above = {_identity(parent) for parent in (folder.resolve(), *folder.resolve().parents)}
+    return _images_in(folder, name, above)
+
+
+def _images_in(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[bytes]:
+    """As `_images_below`; links to one of the folders `above` lead round in circles, and are left out."""
+    here = _identity(folder / inside)
+    if here in above:
+        return []
+    entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+    below = [entry.name for entry in entries if entry.is_dir()]
+    names = [entry.name for entry in entries if not entry.is_dir() and entry.name.lower().endswith(EXTENSIONS)]
+    files = [os.fsencode(f"{inside}/{name}") for name in names]
+    for name in below:
+        files += _images_in(folder, f"{inside}/{name}", above | {here})
     return files
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    state = folder.stat()
+    return state.st_dev, state.st_ino
 
 
 def _some(names: list[str]) -> str:
