@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import urllib.error
 from pathlib import Path
@@ -332,6 +333,26 @@ def test_links_that_lead_back_are_not_followed(target, tmp_path):
     (tmp_path / "images" / "bee" / "more").symlink_to(tmp_path / "more")
     images, _ = read_folder(tmp_path / "images", 0.0)
     assert np.bincount(images.targets).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("inside", [".", "bee", "bee/wings"])
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_a_smaller_class(inside, tmp_path, monkeypatch):
+    write_images(tmp_path, {"ant": 3, "bee": 2, "bee/wings": 1, "cow": 2})
+    listed = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path) == tmp_path / inside:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied"):
+        load(tmp_path)
+
+
+def test_a_data_set_whose_name_is_too_long_for_a_path_is_an_error():
+    with pytest.raises(DataError, match="no data set and no folder named"):
+        load("x" * 300)
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):

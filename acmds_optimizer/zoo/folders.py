@@ -105,8 +105,16 @@ def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFil
     Class folders without a train/ around them are split by `val_fraction`, each class alike; 0 holds nothing out.
 
     Raises:
-        DataError: no such folder, no images, fewer than two classes, or classes that only validation has.
+        DataError: no such folder, no images, fewer than two classes, classes that only validation has, or a folder
+            that may not be read.
     """
+    try:
+        return _parts(folder, val_fraction)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error}") from None
+
+
+def _parts(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}. {LAYOUT}")
     train_folder = folder / "train"
@@ -127,6 +135,7 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
 
     Raises:
         DataError: as in `read_folder`.
+        OSError: a folder cannot be read.
     """
     found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not found:
