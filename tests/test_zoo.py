@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import build_data, describe
-from acmds_optimizer.zoo.folders import read_folder, stratified_split
+from acmds_optimizer.zoo.folders import corrupt_images, read_folder, stratified_split
 from acmds_optimizer.zoo.models import build_model, model_names
 
 
@@ -353,6 +353,14 @@ def test_a_folder_that_may_not_be_read_is_an_error_and_not_a_smaller_class(insid
 def test_a_data_set_whose_name_is_too_long_for_a_path_is_an_error():
     with pytest.raises(DataError, match="no data set and no folder named"):
         load("x" * 300)
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    write_images(tmp_path, {"ant": 3, "bee": 2, "ant/.thumbnails": 3, ".trash": 1})
+    (tmp_path / "bee" / "._000.png").write_bytes(b"Mac OS X")
+    images, _ = read_folder(tmp_path, 0.0)
+    assert np.bincount(images.targets).tolist() == [3, 2]
+    assert corrupt_images(images) == []
 
 
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):

@@ -168,11 +168,13 @@ def _images_below(folder: Path, name: str) -> list[bytes]:
 
 
 def _images_in(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[bytes]:
-    """As `_images_below`; links to one of the folders `above` lead round in circles, and are left out."""
+    """As `_images_below`. Left out are links to one of the folders `above`, which lead round in circles, and what is
+    hidden: copies of a notebook, thumbnails, a Mac's `._` beside each file."""
     here = _identity(folder / inside)
     if here in above:
         return []
-    entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+    shown = (entry for entry in os.scandir(folder / inside) if not entry.name.startswith("."))
+    entries = sorted(shown, key=lambda entry: entry.name)
     below = [entry.name for entry in entries if entry.is_dir()]
     names = [entry.name for entry in entries if not entry.is_dir() and entry.name.lower().endswith(EXTENSIONS)]
     files = [os.fsencode(f"{inside}/{name}") for name in names]
