@@ -376,6 +376,13 @@ def test_a_validation_class_that_training_lacks_is_an_error(tmp_path):
         load(tmp_path)
 
 
+def test_a_folder_without_images_is_no_class_in_validation_either(tmp_path):
+    write_images(tmp_path / "train", {"a": 1, "b": 1, "c": 0})
+    write_images(tmp_path / "val", {"a": 1, "b": 2, "c": 0})
+    data = load(tmp_path)
+    assert (data.class_names, data.val.targets.tolist()) == (["a", "b"], [0, 1, 1])
+
+
 def test_a_misspelt_name_gets_the_nearest_one():
     with pytest.raises(DataError, match=r"named 'cifr10' \(did you mean 'cifar10'\?\)"):
         load("cifr10")

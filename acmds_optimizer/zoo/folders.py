@@ -142,14 +142,14 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
         loose = sum(1 for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
         holds = f"holds {loose} images but no class folders" if loose else "holds no class folders"
         raise DataError(f"{folder}: {holds}. {LAYOUT}")
-    if classes is not None and set(found) - set(classes):
-        raise DataError(f"{folder}: has classes that training lacks: {_some(sorted(set(found) - set(classes)))}")
     names: list[bytes] = []
     counts: dict[str, int] = {}
     for name in found:
         files = _images_below(folder, name)
         counts[name] = len(files)
         names.extend(files)
+    if classes is not None and (lacking := [name for name in found if counts[name] and name not in classes]):
+        raise DataError(f"{folder}: has classes that training lacks: {_some(lacking)}")
     if not names:
         raise DataError(f"{folder}: no images ({', '.join(EXTENSIONS)}) in its {len(found)} class folders. {LAYOUT}")
     if classes is None:
