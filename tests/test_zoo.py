@@ -282,6 +282,14 @@ def test_train_without_validation_is_split(tmp_path):
     assert (len(data.train), len(data.val)) == (18, 2)
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path, {"bus": 4, "car": 4, "train": 4})
+    assert load(tmp_path).class_names == ["bus", "car", "train"]
+    write_images(tmp_path, {"val": 1})
+    with pytest.raises(DataError, match="train: holds 4 images but no class folders"):
+        load(tmp_path)
+
+
 def test_large_images_and_those_of_differing_sizes_become_224_px(tmp_path):
     write_images(tmp_path / "large", {"a": 2, "b": 2}, size=(65, 65))
     write_images(tmp_path / "mixed", {"a": 2}, size=(20, 20))

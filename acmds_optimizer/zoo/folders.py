@@ -118,16 +118,15 @@ def _parts(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | 
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}. {LAYOUT}")
     train_folder = folder / "train"
-    if not train_folder.is_dir():
-        everything = scan_classes(folder)
-        kept, held_out = stratified_split(everything.targets, val_fraction)
-        return everything.subset(kept), everything.subset(held_out) if len(held_out) else None
-    train = scan_classes(train_folder)
-    for name in VALIDATION_NAMES:
-        if (folder / name).is_dir():
-            return train, scan_classes(folder / name, train.classes)
-    kept, held_out = stratified_split(train.targets, val_fraction)
-    return train.subset(kept), train.subset(held_out) if len(held_out) else None
+    validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
+    if not train_folder.is_dir() or (validation is None and not any(e.is_dir() for e in os.scandir(train_folder))):
+        train_folder = folder  # where a class may be called train, as in CIFAR-100
+    elif validation is not None:
+        train = scan_classes(train_folder)
+        return train, scan_classes(validation, train.classes)
+    everything = scan_classes(train_folder)
+    kept, held_out = stratified_split(everything.targets, val_fraction)
+    return everything.subset(kept), everything.subset(held_out) if len(held_out) else None
 
 
 def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
