@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import signal
@@ -115,6 +116,8 @@ def _metavar(kind: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a run that failed, 2 for wrong usage, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be text: it is printed byte by byte
     try:
         return VERBS[argv[0]](argv[1:]) if argv and argv[0] in VERBS else _train_or_evaluate(argv)
     except ACMDSError as error:
@@ -409,7 +412,7 @@ def _set_up_logging(log_file: str | None, *, quiet: bool) -> None:
     handlers[0].setLevel(level)
     if log_file:
         try:
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             print(f"acmds-train: --log-file: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -53,7 +53,8 @@ def draw_run(folder: Path) -> tuple[Path, Path]:
     png, page = folder / "run.png", folder / "run.html"
     try:
         figure.savefig(png, dpi=100)
-        page.write_text(_page(folder, vector.getvalue()), encoding="utf-8")
+        # a folder's name need not be text
+        page.write_text(_page(folder, vector.getvalue()), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError("plot", [f"{folder} cannot be written: {error}"]) from None
     return png, page

@@ -168,7 +168,8 @@ def _images_below(folder: Path, name: str) -> list[bytes]:
 
 def _images_in(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[bytes]:
     """As `_images_below`. Left out are links to one of the folders `above`, which lead round in circles, and what is
-    hidden: copies of a notebook, thumbnails, a Mac's `._` beside each file."""
+    hidden: copies of a notebook, thumbnails, a Mac's `._` beside each file.
+    """
     here = _identity(folder / inside)
     if here in above:
         return []
