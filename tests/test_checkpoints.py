@@ -143,6 +143,17 @@ def test_a_run_stopped_in_the_middle_of_epochs_equals_one_that_was_not(tmp_path)
     assert_same_training(parts, tmp_path / "whole")
 
 
+def test_an_average_of_the_weights_can_begin_and_end_with_a_resume(tmp_path):
+    run_training(config(max_steps=3), output_dir=tmp_path)
+    before = checkpoint.load(tmp_path)["model"]["head.weight"]
+    run_training(config(max_steps=4, ema_decay=0.999), output_dir=tmp_path, resume=tmp_path)
+    state = checkpoint.load(tmp_path)
+    assert torch.equal(state["average"]["module.head.weight"], state["model"]["head.weight"]), "its first step's weights"
+    assert not torch.equal(state["model"]["head.weight"], before)
+    assert run_training(config(max_steps=5), output_dir=tmp_path, resume=tmp_path).steps == 5
+    assert not checkpoint.load(tmp_path)["average"]
+
+
 def test_checkpoints_by_steps_alone(tmp_path):
     settings = config(max_steps=12, checkpoint_every=0, checkpoint_every_steps=5, keep_checkpoints=9)
     run_training(settings, output_dir=tmp_path / "both")

@@ -53,8 +53,10 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         trainer.scores.drop()
         # the optimizer has put tensors of its own in place of those that the guard has made
         trainer.controller.memory.track([list(values.values()) for values in trainer.optimizer.state.values()])
-        if trainer.average is not None:
+        if trainer.average is not None and state["average"]:
             trainer.average.load_state_dict(state["average"])
+        elif trainer.average is not None:  # asked for only now, so it begins here
+            trainer.average.module.load_state_dict(state["model"])
         if trainer.guard.scaler is not None and state["scaler"]:
             trainer.guard.scaler.load_state_dict(state["scaler"])
         for name in _OWN:
