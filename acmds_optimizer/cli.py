@@ -146,6 +146,9 @@ def _train_or_evaluate(argv: Sequence[str]) -> int:
         if own["dry_run"] or own["evaluate"]:
             raise ConfigError("torchrun", ["--evaluate and --dry-run are for one process; start acmds-train by itself"])
         own["quiet"] |= os.environ.get("RANK") != "0"
+    if own["evaluate"] and (own["resume"] or own["dry_run"]):
+        what = "--evaluate does not train, so it can neither --resume nor be a --dry-run"
+        raise ConfigError("command line", [what])
     _set_up_logging(own["log_file"], quiet=own["quiet"])
     if own["dry_run"]:
         return _dry_run(own, options)
@@ -163,8 +166,6 @@ def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:
     from acmds_optimizer.engine import checkpoint
     from acmds_optimizer.engine.run import evaluate_checkpoint
 
-    if own["resume"]:
-        raise ConfigError("command line", ["--evaluate does not train, so it cannot --resume"])
     state = checkpoint.load(own["evaluate"])
     config = load(own["config"], _without_none(flags), state["config"])
     for name, value in evaluate_checkpoint(state, config).items():

@@ -336,7 +336,15 @@ def test_evaluate_needs_no_scores(run, tmp_path, capsys):
 
 def test_evaluate_refuses_another_model(run, capsys):
     assert cli.main(["--evaluate", str(run), "--model", "resnet18", "--quiet"]) == 2
-    assert "does not fit resnet18" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "does not fit resnet18" in said
+    assert len(said) < 400, "not a line for each of its tensors"
+
+
+@pytest.mark.parametrize("beside", [["--dry-run"], ["--resume", "run"]])
+def test_evaluate_is_not_mistaken_for_something_else(beside, run, capsys):
+    assert cli.main(["--evaluate", str(run), *beside]) == 2
+    assert "--evaluate does not train" in capsys.readouterr().err
 
 
 def test_exported_weights_are_those_that_were_validated(run, tmp_path, capsys):

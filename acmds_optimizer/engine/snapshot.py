@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from acmds_optimizer.config import to_dict
+from acmds_optimizer.engine.checkpoint import briefly
 from acmds_optimizer.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -69,5 +70,6 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), trainer.device)
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        said = f"{error!r}" if isinstance(error, KeyError) else f"{error}"
-        raise CheckpointError(f"the checkpoint does not fit this model, optimizer or data set: {said}") from None
+        raise CheckpointError(
+            f"the checkpoint does not fit this model, optimizer or data set: {briefly(error)}"
+        ) from None
