@@ -298,7 +298,8 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
     if config.output_dir is not None:
         return config, Path(config.output_dir)
     name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")
-    return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    # the process too, since several runs may be started at once, each on a GPU of its own
+    return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def _without_none(flags: dict[str, Any]) -> dict[str, Any]:

@@ -202,6 +202,16 @@ def test_a_narrow_terminal_shows_steps_time_left_and_all_figures(width, monkeypa
         assert part in shown
 
 
+def test_runs_that_are_started_at_once_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr(cli.time, "strftime", lambda _: "20260101-000000")
+    folders = []
+    for process in (17, 18):
+        monkeypatch.setattr(cli.os, "getpid", lambda process=process: process)
+        folders.append(cli._resolve(None, None, {"dataset": "my/images"})[1])
+    assert folders[0].name == "images_resnet50_20260101-000000-17"
+    assert folders[1] != folders[0]
+
+
 def test_names_of_folders_and_files_need_not_be_text(tmp_path):
     folder = os.fsencode(tmp_path) + b"/\xff"
     for name in (b"a", b"b"):
