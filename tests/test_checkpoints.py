@@ -148,7 +148,8 @@ def test_an_average_of_the_weights_can_begin_and_end_with_a_resume(tmp_path):
     before = checkpoint.load(tmp_path)["model"]["head.weight"]
     run_training(config(max_steps=4, ema_decay=0.999), output_dir=tmp_path, resume=tmp_path)
     state = checkpoint.load(tmp_path)
-    assert torch.equal(state["average"]["module.head.weight"], state["model"]["head.weight"]), "its first step's weights"
+    average = state["average"]["module.head.weight"]
+    assert torch.equal(average, state["model"]["head.weight"]), "that of one step is what it left"
     assert not torch.equal(state["model"]["head.weight"], before)
     assert run_training(config(max_steps=5), output_dir=tmp_path, resume=tmp_path).steps == 5
     assert not checkpoint.load(tmp_path)["average"]
@@ -407,3 +408,14 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_names_it(tmp_path):
     assert outcome.best_epoch == 1
     with (tmp_path / "epochs.csv").open(encoding="utf-8") as file:
         assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [("1", "2")]
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 99, b"\xff\xfe\x80", b"1,2\n", b"x" * 9 + b",0" * 99 + b"\n"])
+def test_a_run_whose_tables_end_in_anything_goes_on(tail, tmp_path):
+    run_training(config(max_steps=2), output_dir=tmp_path)
+    for name in ("steps.csv", "epochs.csv", "events.csv"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(tail)
+    run_training(config(max_steps=3), output_dir=tmp_path, resume=tmp_path)
+    with (tmp_path / "steps.csv").open(encoding="utf-8") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
