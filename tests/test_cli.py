@@ -203,10 +203,10 @@ def test_a_narrow_terminal_shows_steps_time_left_and_all_figures(width, monkeypa
 
 
 def test_runs_that_are_started_at_once_have_folders_of_their_own(monkeypatch):
-    monkeypatch.setattr(cli.time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
     folders = []
     for process in (17, 18):
-        monkeypatch.setattr(cli.os, "getpid", lambda process=process: process)
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
         folders.append(cli._resolve(None, None, {"dataset": "my/images"})[1])
     assert folders[0].name == "images_resnet50_20260101-000000-17"
     assert folders[1] != folders[0]
@@ -223,10 +223,20 @@ def test_names_of_folders_and_files_need_not_be_text(tmp_path):
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
 
     def run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-c", program, *arguments]
+        command: list[str | bytes] = [sys.executable, "-c", program, *arguments]
         return subprocess.run(command, cwd=tmp_path, env=strict, capture_output=True, check=False)
 
-    flags = [*CPU, "--dataset", folder, "--epochs", "1", "--output-dir", b"run\xfe", "--log-file", "log"]
+    flags: list[str | bytes] = [
+        *CPU,
+        "--dataset",
+        folder,
+        "--epochs",
+        "1",
+        "--output-dir",
+        b"run\xfe",
+        "--log-file",
+        "log",
+    ]
     done = run(*flags)
     assert (done.returncode, b"Logging error" in done.stderr) == (0, False), done.stderr.decode(errors="replace")
     assert "6 images to train on" in (tmp_path / "log").read_text(encoding="utf-8")
