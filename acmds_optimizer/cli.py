@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import signal
@@ -115,6 +116,8 @@ def _metavar(kind: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, 1 for a run that failed, 2 for wrong usage, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be text: it is printed byte by byte
     try:
         return VERBS[argv[0]](argv[1:]) if argv and argv[0] in VERBS else _train_or_evaluate(argv)
     except ACMDSError as error:
@@ -143,6 +146,9 @@ def _train_or_evaluate(argv: Sequence[str]) -> int:
         if own["dry_run"] or own["evaluate"]:
             raise ConfigError("torchrun", ["--evaluate and --dry-run are for one process; start acmds-train by itself"])
         own["quiet"] |= os.environ.get("RANK") != "0"
+    if own["evaluate"] and (own["resume"] or own["dry_run"]):
+        what = "--evaluate does not train, so it can neither --resume nor be a --dry-run"
+        raise ConfigError("command line", [what])
     _set_up_logging(own["log_file"], quiet=own["quiet"])
     if own["dry_run"]:
         return _dry_run(own, options)
@@ -160,8 +166,6 @@ def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:
     from acmds_optimizer.engine import checkpoint
     from acmds_optimizer.engine.run import evaluate_checkpoint
 
-    if own["resume"]:
-        raise ConfigError("command line", ["--evaluate does not train, so it cannot --resume"])
     state = checkpoint.load(own["evaluate"])
     config = load(own["config"], _without_none(flags), state["config"])
     for name, value in evaluate_checkpoint(state, config).items():
@@ -294,7 +298,8 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
     if config.output_dir is not None:
         return config, Path(config.output_dir)
     name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")
-    return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    # the process too, since several runs may be started at once, each on a GPU of its own
+    return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def _without_none(flags: dict[str, Any]) -> dict[str, Any]:
@@ -409,7 +414,7 @@ def _set_up_logging(log_file: str | None, *, quiet: bool) -> None:
     handlers[0].setLevel(level)
     if log_file:
         try:
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
         except OSError as error:
             print(f"acmds-train: --log-file: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -36,7 +36,7 @@ def draw_run(folder: Path) -> tuple[Path, Path]:
         The two files.
 
     Raises:
-        DataError: the folder holds no steps.csv with at least one step.
+        DataError: the folder holds no steps.csv with at least one step, or a table of something else.
         ConfigError: matplotlib is not installed, or the files cannot be written.
     """
     steps, epochs = _table(folder / "steps.csv"), _table(folder / "epochs.csv")
@@ -47,13 +47,17 @@ def draw_run(folder: Path) -> tuple[Path, Path]:
     except ImportError:
         raise ConfigError("plot", ["matplotlib is not installed: pip install 'acmds[plot]'"]) from None
     figure = Figure(figsize=(15, 8), layout="constrained")
-    _draw(figure, thin(steps), epochs)
+    try:
+        _draw(figure, thin(steps), epochs)
+    except KeyError as error:
+        raise DataError(f"{folder}: its tables are not of a run, which would have a column {error}") from None
     vector = io.StringIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
     png, page = folder / "run.png", folder / "run.html"
     try:
         figure.savefig(png, dpi=100)
-        page.write_text(_page(folder, vector.getvalue()), encoding="utf-8")
+        # a folder's name need not be text
+        page.write_text(_page(folder, vector.getvalue()), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError("plot", [f"{folder} cannot be written: {error}"]) from None
     return png, page

@@ -143,6 +143,18 @@ def test_a_run_stopped_in_the_middle_of_epochs_equals_one_that_was_not(tmp_path)
     assert_same_training(parts, tmp_path / "whole")
 
 
+def test_an_average_of_the_weights_can_begin_and_end_with_a_resume(tmp_path):
+    run_training(config(max_steps=3), output_dir=tmp_path)
+    before = checkpoint.load(tmp_path)["model"]["head.weight"]
+    run_training(config(max_steps=4, ema_decay=0.999), output_dir=tmp_path, resume=tmp_path)
+    state = checkpoint.load(tmp_path)
+    average = state["average"]["module.head.weight"]
+    assert torch.equal(average, state["model"]["head.weight"]), "that of one step is what it left"
+    assert not torch.equal(state["model"]["head.weight"], before)
+    assert run_training(config(max_steps=5), output_dir=tmp_path, resume=tmp_path).steps == 5
+    assert not checkpoint.load(tmp_path)["average"]
+
+
 def test_checkpoints_by_steps_alone(tmp_path):
     settings = config(max_steps=12, checkpoint_every=0, checkpoint_every_steps=5, keep_checkpoints=9)
     run_training(settings, output_dir=tmp_path / "both")
@@ -325,7 +337,15 @@ def test_evaluate_needs_no_scores(run, tmp_path, capsys):
 
 def test_evaluate_refuses_another_model(run, capsys):
     assert cli.main(["--evaluate", str(run), "--model", "resnet18", "--quiet"]) == 2
-    assert "does not fit resnet18" in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "does not fit resnet18" in said
+    assert len(said) < 400, "not a line for each of its tensors"
+
+
+@pytest.mark.parametrize("beside", [["--dry-run"], ["--resume", "run"]])
+def test_evaluate_is_not_mistaken_for_something_else(beside, run, capsys):
+    assert cli.main(["--evaluate", str(run), *beside]) == 2
+    assert "--evaluate does not train" in capsys.readouterr().err
 
 
 def test_exported_weights_are_those_that_were_validated(run, tmp_path, capsys):
@@ -388,3 +408,14 @@ def test_a_run_that_ends_in_the_middle_of_an_epoch_names_it(tmp_path):
     assert outcome.best_epoch == 1
     with (tmp_path / "epochs.csv").open(encoding="utf-8") as file:
         assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [("1", "2")]
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 99, b"\xff\xfe\x80", b"1,2\n", b"x" * 9 + b",0" * 99 + b"\n"])
+def test_a_run_whose_tables_end_in_anything_goes_on(tail, tmp_path):
+    run_training(config(max_steps=2), output_dir=tmp_path)
+    for name in ("steps.csv", "epochs.csv", "events.csv"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(tail)
+    run_training(config(max_steps=3), output_dir=tmp_path, resume=tmp_path)
+    with (tmp_path / "steps.csv").open(encoding="utf-8") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]

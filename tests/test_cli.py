@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 import acmds_optimizer.console
@@ -199,3 +200,50 @@ def test_a_narrow_terminal_shows_steps_time_left_and_all_figures(width, monkeypa
     shown = capture.get()
     for part in ("333/600", "-:--:--", "52", "batch", "0.965/0.2", "1.1521", "33.33%"):
         assert part in shown
+
+
+def test_runs_that_are_started_at_once_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    folders = []
+    for process in (17, 18):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        folders.append(cli._resolve(None, None, {"dataset": "my/images"})[1])
+    assert folders[0].name == "images_resnet50_20260101-000000-17"
+    assert folders[1] != folders[0]
+
+
+def test_names_of_folders_and_files_need_not_be_text(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    for name in (b"a", b"b"):
+        os.makedirs(os.path.join(folder, name))  # noqa: PTH103, PTH118  # pathlib takes no bytes
+        for number in range(4):
+            with open(os.path.join(folder, name, b"%d\xff.png" % number), "wb") as file:  # noqa: PTH118, PTH123
+                Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(file, "png")
+    program = "import sys; from acmds_optimizer.cli import main; sys.exit(main())"
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+
+    def run(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
+        command: list[str | bytes] = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=strict, capture_output=True, check=False)
+
+    flags: list[str | bytes] = [
+        *CPU,
+        "--dataset",
+        folder,
+        "--epochs",
+        "1",
+        "--output-dir",
+        b"run\xfe",
+        "--log-file",
+        "log",
+    ]
+    done = run(*flags)
+    assert (done.returncode, b"Logging error" in done.stderr) == (0, False), done.stderr.decode(errors="replace")
+    assert "6 images to train on" in (tmp_path / "log").read_text(encoding="utf-8")
+    page = tmp_path / os.fsdecode(b"run\xfe") / "run.html"
+    assert not page.exists() or "\\udcff" in page.read_text(encoding="utf-8")
+    broken = folder + b"/a/0\xff.png"
+    with open(broken, "wb"):  # noqa: PTH123
+        pass
+    checked = run("check", folder)
+    assert (checked.returncode, checked.stdout.partition(b": ")[0]) == (1, broken)

@@ -17,7 +17,7 @@ from acmds_optimizer.engine.dry_run import Prediction, predict, resident_bytes
 from acmds_optimizer.engine.resident import ResidentSource
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import build_data
-from acmds_optimizer.zoo.models import SmallCNN, build_model
+from acmds_optimizer.zoo.models import SmallCNN, build_model, freeze
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -27,7 +27,12 @@ def config(**settings: Any) -> TrainConfig:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_batch_size": 256}, {"max_batch_size": 256, "ema_decay": 0.9, "optimizer": "sgd", "min_batch_size": 64}],
+    [
+        {"max_batch_size": 256},
+        {"max_batch_size": 256, "ema_decay": 0.9, "optimizer": "sgd", "min_batch_size": 64},
+        {"max_batch_size": 256, "freeze": "backbone"},
+        {"max_batch_size": 256, "freeze": "features.0,features.1", "ema_decay": 0.9},
+    ],
 )
 def test_the_predicted_peak_is_that_of_a_run_on_the_cpu_card(settings, tmp_path):
     asked = config(target_headroom_gb=0.0, knee_gain_fraction=0.0, max_steps=4, **settings)
@@ -35,8 +40,12 @@ def test_the_predicted_peak_is_that_of_a_run_on_the_cpu_card(settings, tmp_path)
     with (tmp_path / "steps.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["micro_batch"] == "256"]
     real = max(float(row["peak_allocated_gb"]) for row in rows) * GIB
-    predicted = predict(SmallCNN(10, 1), (1, 8, 8), asked).peak_bytes(256)
-    assert predicted == pytest.approx(real, rel=0.1)
+    model = SmallCNN(10, 1)
+    freeze(model, asked.freeze)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    prediction = predict(model, (1, 8, 8), asked)
+    assert prediction.peak_bytes(256) == pytest.approx(real, rel=0.1)
+    assert prediction.trained == trained
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,12 @@ def test_a_run_that_is_cut_off_can_be_drawn(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds no steps.csv"), ("step\n", "with steps in it"), ("", "cannot be")],
+    [
+        (None, "holds no steps.csv"),
+        ("step\n", "with steps in it"),
+        ("", "cannot be"),
+        ("step,loss\n0,1\n", "column 'oom_events'"),
+    ],
 )
 def test_what_cannot_be_drawn_is_refused_in_words(content, message, tmp_path, capsys):
     if content is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import urllib.error
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import TensorDataset
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import build_data, describe
-from acmds_optimizer.zoo.folders import stratified_split
+from acmds_optimizer.zoo.folders import corrupt_images, read_folder, stratified_split
 from acmds_optimizer.zoo.models import build_model, model_names
 
 
@@ -281,6 +282,14 @@ def test_train_without_validation_is_split(tmp_path):
     assert (len(data.train), len(data.val)) == (18, 2)
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path, {"bus": 4, "car": 4, "train": 4})
+    assert load(tmp_path).class_names == ["bus", "car", "train"]
+    write_images(tmp_path, {"val": 1})
+    with pytest.raises(DataError, match="train: holds 4 images but no class folders"):
+        load(tmp_path)
+
+
 def test_large_images_and_those_of_differing_sizes_become_224_px(tmp_path):
     write_images(tmp_path / "large", {"a": 2, "b": 2}, size=(65, 65))
     write_images(tmp_path / "mixed", {"a": 2}, size=(20, 20))
@@ -322,6 +331,46 @@ def test_a_path_that_does_not_exist_is_an_error(tmp_path):
         load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_links_that_lead_back_are_not_followed(target, tmp_path):
+    write_images(tmp_path / "images", {"ant": 3, "bee": 2})
+    (tmp_path / "more").mkdir()
+    write_images(tmp_path / "more", {"wings": 1})
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / name / "up").symlink_to(target)
+    (tmp_path / "images" / "bee" / "more").symlink_to(tmp_path / "more")
+    images, _ = read_folder(tmp_path / "images", 0.0)
+    assert np.bincount(images.targets).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("inside", [".", "bee", "bee/wings"])
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_a_smaller_class(inside, tmp_path, monkeypatch):
+    write_images(tmp_path, {"ant": 3, "bee": 2, "bee/wings": 1, "cow": 2})
+    listed = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path) == tmp_path / inside:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied"):
+        load(tmp_path)
+
+
+def test_a_data_set_whose_name_is_too_long_for_a_path_is_an_error():
+    with pytest.raises(DataError, match="no data set and no folder named"):
+        load("x" * 300)
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path):
+    write_images(tmp_path, {"ant": 3, "bee": 2, "ant/.thumbnails": 3, ".trash": 1})
+    (tmp_path / "bee" / "._000.png").write_bytes(b"Mac OS X")
+    images, _ = read_folder(tmp_path, 0.0)
+    assert np.bincount(images.targets).tolist() == [3, 2]
+    assert corrupt_images(images) == []
+
+
 def test_a_file_instead_of_a_folder_is_an_error(tmp_path):
     (tmp_path / "images.zip").write_text("x")
     with pytest.raises(DataError, match="is a file, not a folder"):
@@ -333,6 +382,13 @@ def test_a_validation_class_that_training_lacks_is_an_error(tmp_path):
     write_images(tmp_path / "val", {"a": 1, "c": 1})
     with pytest.raises(DataError, match="has classes that training lacks: c"):
         load(tmp_path)
+
+
+def test_a_folder_without_images_is_no_class_in_validation_either(tmp_path):
+    write_images(tmp_path / "train", {"a": 1, "b": 1, "c": 0})
+    write_images(tmp_path / "val", {"a": 1, "b": 2, "c": 0})
+    data = load(tmp_path)
+    assert (data.class_names, data.val.targets.tolist()) == (["a", "b"], [0, 1, 1])
 
 
 def test_a_misspelt_name_gets_the_nearest_one():

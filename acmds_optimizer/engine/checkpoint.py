@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import textwrap
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,6 +123,12 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path}: written by another version (format {state.get('version')}, this one reads {VERSION})"
         )
     return state
+
+
+def briefly(error: Exception) -> str:
+    """What PyTorch says of a state that does not fit, in one line: it lists every tensor."""
+    said = repr(error) if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(said, 300, placeholder=" ...")
 
 
 def final_weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -144,7 +144,7 @@ def _step(
         inputs, targets = torch.empty(size, *shape), torch.zeros(size, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(model, optimizer, inputs, targets)
-        with tracker, _outputs(model) as layers:
+        with _frozen_once_entered(model), tracker, _outputs(model) as layers:
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 logits = model(inputs)
             losses, _ = loss_fn(logits.float(), targets)
@@ -153,6 +153,25 @@ def _step(
             optimizer.zero_grad(set_to_none=True)
         snapshot = tracker.get_tracker_snapshot("peak")
     return max(int(values["Total"]) for values in snapshot.values()), layers
+
+
+@contextmanager
+def _frozen_once_entered(model: nn.Module) -> Iterator[None]:
+    """Frozen parameters are frozen from the model's forward on: PyTorch's tracker hooks all just before, or fails."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+
+    def freeze(*_: object) -> None:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    hook = model.register_forward_pre_hook(freeze)  # the tracker's, being of all modules, come first
+    try:
+        yield
+    finally:
+        hook.remove()
+        freeze()
 
 
 def _replace(real: _Tensors) -> None:

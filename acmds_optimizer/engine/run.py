@@ -253,7 +253,8 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
     try:
         model.load_state_dict(checkpoint.final_weights(state))
     except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint does not fit {config.model} on {config.dataset}: {error}") from None
+        said = checkpoint.briefly(error)
+        raise CheckpointError(f"the checkpoint does not fit {config.model} on {config.dataset}: {said}") from None
     # the validation set in the place of the training set, which would be decoded for nothing; a file of scores has none
     # of its samples
     with ACMDSTrainer(

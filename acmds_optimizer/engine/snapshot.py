@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from acmds_optimizer.config import to_dict
+from acmds_optimizer.engine.checkpoint import briefly
 from acmds_optimizer.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         trainer.scores.drop()
         # the optimizer has put tensors of its own in place of those that the guard has made
         trainer.controller.memory.track([list(values.values()) for values in trainer.optimizer.state.values()])
-        if trainer.average is not None:
+        if trainer.average is not None and state["average"]:
             trainer.average.load_state_dict(state["average"])
+        elif trainer.average is not None:  # asked for only now, so it begins here
+            trainer.average.module.load_state_dict(state["model"])
         if trainer.guard.scaler is not None and state["scaler"]:
             trainer.guard.scaler.load_state_dict(state["scaler"])
         for name in _OWN:
@@ -67,5 +70,6 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu(), trainer.device)
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        said = f"{error!r}" if isinstance(error, KeyError) else f"{error}"
-        raise CheckpointError(f"the checkpoint does not fit this model, optimizer or data set: {said}") from None
+        raise CheckpointError(
+            f"the checkpoint does not fit this model, optimizer or data set: {briefly(error)}"
+        ) from None

@@ -109,9 +109,8 @@ class CsvLog:
             return
         kept: list[dict[str, str]] = []
         if keep_below_step is not None and path.exists():
-            with path.open(newline="", encoding="utf-8") as old:
-                rows = csv.DictReader(old)  # the last one is cut off where a full disk or a kill ended the run
-                kept = [row for row in rows if None not in row.values() and int(row["step"]) < keep_below_step]
+            with path.open(newline="", encoding="utf-8", errors="replace") as old:
+                kept = [row for row in csv.DictReader(old) if _is_whole(row) and int(row["step"]) < keep_below_step]
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self._columns)
         self._writer.writeheader()
@@ -128,6 +127,11 @@ class CsvLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row is as it was written; the last is not where a full disk, a kill or a power cut ended the run."""
+    return None not in row.values() and None not in row and str(row.get("step")).isdecimal()
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,9 @@ def build_data(config: TrainConfig) -> DataBundle:
         bundle = _hub(config)
     elif name.startswith("torchvision:"):
         bundle = _torchvision(config)
-    elif ":" in name and not Path(name).exists():
+    elif ":" in name and not os.path.exists(name):  # noqa: PTH110  # Path's raises where a folder may not be read
         bundle = _foreign(config)
-    elif Path(name).exists() or "/" in name:
+    elif "/" in name or os.path.exists(name):  # noqa: PTH110
         bundle = _folder(Path(name), config)
     else:
         raise DataError(

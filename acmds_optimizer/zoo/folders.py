@@ -105,21 +105,28 @@ def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFil
     Class folders without a train/ around them are split by `val_fraction`, each class alike; 0 holds nothing out.
 
     Raises:
-        DataError: no such folder, no images, fewer than two classes, or classes that only validation has.
+        DataError: no such folder, no images, fewer than two classes, classes that only validation has, or a folder
+            that may not be read.
     """
+    try:
+        return _parts(folder, val_fraction)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error}") from None
+
+
+def _parts(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
     if not folder.is_dir():
         raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}. {LAYOUT}")
     train_folder = folder / "train"
-    if not train_folder.is_dir():
-        everything = scan_classes(folder)
-        kept, held_out = stratified_split(everything.targets, val_fraction)
-        return everything.subset(kept), everything.subset(held_out) if len(held_out) else None
-    train = scan_classes(train_folder)
-    for name in VALIDATION_NAMES:
-        if (folder / name).is_dir():
-            return train, scan_classes(folder / name, train.classes)
-    kept, held_out = stratified_split(train.targets, val_fraction)
-    return train.subset(kept), train.subset(held_out) if len(held_out) else None
+    validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
+    if not train_folder.is_dir() or (validation is None and not any(e.is_dir() for e in os.scandir(train_folder))):
+        train_folder = folder  # where a class may be called train, as in CIFAR-100
+    elif validation is not None:
+        train = scan_classes(train_folder)
+        return train, scan_classes(validation, train.classes)
+    everything = scan_classes(train_folder)
+    kept, held_out = stratified_split(everything.targets, val_fraction)
+    return everything.subset(kept), everything.subset(held_out) if len(held_out) else None
 
 
 def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
@@ -127,20 +134,21 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
 
     Raises:
         DataError: as in `read_folder`.
+        OSError: a folder cannot be read.
     """
     found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not found:
         loose = sum(1 for entry in os.scandir(folder) if entry.name.lower().endswith(EXTENSIONS))
         holds = f"holds {loose} images but no class folders" if loose else "holds no class folders"
         raise DataError(f"{folder}: {holds}. {LAYOUT}")
-    if classes is not None and set(found) - set(classes):
-        raise DataError(f"{folder}: has classes that training lacks: {_some(sorted(set(found) - set(classes)))}")
     names: list[bytes] = []
     counts: dict[str, int] = {}
     for name in found:
         files = _images_below(folder, name)
         counts[name] = len(files)
         names.extend(files)
+    if classes is not None and (lacking := [name for name in found if counts[name] and name not in classes]):
+        raise DataError(f"{folder}: has classes that training lacks: {_some(lacking)}")
     if not names:
         raise DataError(f"{folder}: no images ({', '.join(EXTENSIONS)}) in its {len(found)} class folders. {LAYOUT}")
     if classes is None:
@@ -153,15 +161,31 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
 
 
 def _images_below(folder: Path, name: str) -> list[bytes]:
-    """Names, relative to `folder`, of the images below its folder `name`, sorted."""
-    files: list[bytes] = []
-    for parent, folders, entries in os.walk(folder / name, followlinks=True):
-        folders.sort()
-        inside = os.path.relpath(parent, folder)
-        files.extend(
-            os.fsencode(f"{inside}/{entry}") for entry in sorted(entries) if entry.lower().endswith(EXTENSIONS)
-        )
+    """Names, relative to `folder`, of the images below its folder `name`: of each folder its own first, sorted."""
+    above = {_identity(parent) for parent in (folder.resolve(), *folder.resolve().parents)}
+    return _images_in(folder, name, above)
+
+
+def _images_in(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[bytes]:
+    """As `_images_below`. Left out are links to one of the folders `above`, which lead round in circles, and what is
+    hidden: copies of a notebook, thumbnails, a Mac's `._` beside each file.
+    """
+    here = _identity(folder / inside)
+    if here in above:
+        return []
+    shown = (entry for entry in os.scandir(folder / inside) if not entry.name.startswith("."))
+    entries = sorted(shown, key=lambda entry: entry.name)
+    below = [entry.name for entry in entries if entry.is_dir()]
+    names = [entry.name for entry in entries if not entry.is_dir() and entry.name.lower().endswith(EXTENSIONS)]
+    files = [os.fsencode(f"{inside}/{name}") for name in names]
+    for name in below:
+        files += _images_in(folder, f"{inside}/{name}", above | {here})
     return files
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    state = folder.stat()
+    return state.st_dev, state.st_ino
 
 
 def _some(names: list[str]) -> str:
