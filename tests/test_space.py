@@ -337,6 +337,42 @@ def test_a_section_of_the_wrong_kind_is_a_problem_and_not_a_traceback(problems: 
     assert problems(text, fixed={"epochs": "3"})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + 5000 * "[",
+        "name: 2024-13-45\n" + SEARCH,
+        "seed: 0x_\n" + SEARCH,
+        "seed: " + 5000 * "1" + "\n" + SEARCH,
+        "name: " + 300 * "a" + "\n" + SEARCH,
+        "fixed: [a]\nsearch: {lr: {value: 3}, weight_decay: {low: 0, high: 1}}\n",
+        "pruner: {type: [a], min_iter: 3}\n" + SEARCH,
+        "search: {lr: {low: 0.1, high: 0.9, step: 1.0e-320}}\n",
+        "search: {max_batch_size: {low: 64, high: 1" + 400 * "0" + "}}\n",
+        "requires: ['" + 5000 * "not " + "lr > 0']\n" + SEARCH,
+        "requires: ['" + 400 * "lr + " + "lr > 0']\n" + SEARCH,
+        "requires: ['lr * 1" + 400 * "0" + " < none']\n" + SEARCH + "  0x_: 3\n",
+    ],
+)
+def test_what_cannot_be_read_or_counted_is_a_problem_and_not_a_traceback(problems: Any, text: str) -> None:
+    assert problems(text)
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "0x_", 5000 * "["])
+def test_a_set_value_that_cannot_be_read_is_a_problem_and_not_a_traceback(problems: Any, text: str) -> None:
+    assert "is not valid YAML" in problems(SEARCH, fixed={"dataset": text})[0]
+
+
+def test_a_logarithmic_scale_of_choices_is_refused(problems: Any) -> None:
+    text = "search:\n  lr: {values: [0.1, 0.2], log: true}\n"
+    assert problems(text) == ["line 2: search.lr.log: does not go with values; keep one of them"]
+
+
+def test_a_preset_that_is_written_as_a_figure_is_refused_with_what_to_write(problems: Any) -> None:
+    (problem,) = problems("objective: {name: speed}\n" + SEARCH)
+    assert problem.endswith("write it by itself: speed")
+
+
 def test_a_key_of_ray_and_the_section_it_belongs_to_go_together_but_not_the_same_twice(
     read: Any, problems: Any
 ) -> None:
