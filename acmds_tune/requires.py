@@ -20,13 +20,20 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+
+
+def _same(left: Any, right: Any) -> bool:
+    """`direction == none`: none is a choice of some settings, and no value at all of others."""
+    return (None if left == "none" else left) == (None if right == "none" else right)
+
+
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
+    ast.Eq: _same,
+    ast.NotEq: lambda left, right: not _same(left, right),
 }
 _CONSTANTS = {"true": True, "false": False, "none": None}
 

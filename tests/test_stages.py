@@ -400,6 +400,10 @@ def test_the_busy_share_counts_the_gaps_between_trials_but_not_the_time_without_
         ("0 < pid_ki <= pid_kp", {"pid_ki": 0.2, "pid_kp": 0.1}, False),
         ("effective_batch_size >= max_batch_size", {"effective_batch_size": None, "max_batch_size": 4}, True),
         ("-lr < 0 and max_batch_size % 8 == 0", {"lr": 1.0, "max_batch_size": 12}, False),
+        ("direction == none", {"direction": "none"}, True),
+        ("direction != none", {"direction": "none"}, False),
+        ("direction == none", {"direction": "easy"}, False),
+        ("'none' != freeze", {"freeze": None}, False),
     ],
 )
 def test_a_requirement_says_whether_settings_fulfil_it(text: str, settings: dict[str, Any], holds: bool) -> None:
