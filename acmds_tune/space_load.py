@@ -36,7 +36,6 @@ from acmds_tune.space import (
 from acmds_tune.space_aliases import REFUSED_SETTINGS, canonical
 from acmds_tune.space_yaml import Source, read
 
-
 MOST = 2**53
 """Above it not every whole number is a float, and the sampler thinks in floats."""
 

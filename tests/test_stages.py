@@ -221,6 +221,30 @@ def test_the_default_settings_are_run_again_now_and_then_with_the_same_seed(run:
     assert (started[4].seed, started[4].values) == (started[0].seed, started[0].values)
 
 
+def test_later_stages_have_the_settings_of_the_first_trial_and_not_others_that_are_called_the_same(
+    run: Callable[..., Any],
+) -> None:
+    text = """
+trials: 2
+anchor_every: 1
+baselines: [default, halving]
+confirm: {top: 1, seeds: 1}
+fixed: {device: cpu}
+search:
+  optimizer: {values: [adamw, sgd]}
+  weight_decay: {low: 0.3, high: 0.5, when: {optimizer: sgd}}
+  effective_batch_size: {low: 65, high: 256}
+"""
+    study, _ = run(text, lambda _: Ended("ok", "finished", figures(), 1.0))
+    names = ["optimizer", "weight_decay"]
+    first, *others = [row for row in study.record().trials if row.label in ("default", "halving")]
+    assert first.config["weight_decay"] == 0.05, "its condition is not met"
+    assert {row.stage for row in others} == {"anchor", "baseline", "confirm"}
+    for row in others:
+        same = names if row.label == "halving" else [*names, "effective_batch_size"]
+        assert [row.config[name] for name in same] == [first.config[name] for name in same]
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "qmc"])
 def test_the_sampler_learns_only_from_what_it_proposed(run: Callable[..., Any], sampler: str) -> None:
     text = TEXT.replace("trials: 4", "trials: 8") + f"sampler: {sampler}\n"
