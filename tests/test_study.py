@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,30 @@ def test_a_journal_cut_anywhere_can_be_resumed(create: Callable[..., SearchStudy
     while again.missing:
         again.finish(again.propose().number, OK)
     assert sum(trial.state == TrialState.COMPLETE for trial in trials(study)) == 6
+
+
+@pytest.mark.parametrize("room", [30, 505, 893, 1475, 1669, 2057, 2445])
+def test_a_disk_that_is_full_for_a_moment_costs_no_trial_that_had_ended(
+    create: Callable[..., SearchStudy], room: int
+) -> None:
+    study = create()
+    for _ in range(2):
+        study.finish(study.propose().number, OK)
+    size = (study.directory / "journal.log").stat().st_size
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    number = None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            for _ in range(3):
+                number = study.propose().number
+                study.finish(number, OK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    for running in list(study._running):  # as the search does at its end, when there may be room again
+        study.finish(running, Ended("stopped", "interrupted"), interrupted=True)
+    assert [row.status for row in resumed(study).record().trials][:2] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("lines", [None, 0, 1])
