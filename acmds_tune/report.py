@@ -158,7 +158,7 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
     seed = attrs.get("seed")
     config = attrs.get("config") or _json(trial_dir(study_dir, trial.number) / "config.json") or trial.params
     seconds = _number(attrs.get("seconds"))
-    if seconds is None and trial.duration is not None:
+    if seconds is None and trial.duration is not None and "status" not in attrs:
         seconds = trial.duration.total_seconds()
     figures["seconds"] = seconds
     told = attrs.get("values") or trial.values

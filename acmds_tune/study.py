@@ -437,7 +437,7 @@ class SearchStudy:
 
     def _finish(self, number: int, ended: Ended, *, interrupted: bool) -> str:
         trial = self._running.pop(number)
-        figures = {**ended.figures, "seconds": ended.seconds}
+        figures = {**ended.figures, **({"seconds": ended.seconds} if ended.seconds else {})}  # not known after a kill
         violations = [constraint.violation(figures.get(constraint.figure)) for constraint in self._constraints]
         status, reason = ended.status, ended.reason
         broken = [

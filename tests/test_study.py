@@ -244,6 +244,16 @@ def test_after_a_kill_a_running_trial_is_crashed_and_replaced(create: Callable[.
     assert again.propose().values == lost.values
 
 
+def test_how_long_a_trial_ran_that_was_killed_with_the_search_is_not_known(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    study.propose()
+    again = resumed(study)
+    (row,) = again.record().trials
+    assert row.status == "crashed"
+    assert row.seconds is None
+    assert row.figures["seconds"] is None
+
+
 def test_after_a_kill_a_trial_that_had_written_its_outcome_is_not_lost(create: Callable[..., SearchStudy]) -> None:
     study = create()
     number = study.propose().number
