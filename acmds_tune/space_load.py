@@ -410,7 +410,7 @@ def _check_corners(space: Space, source: Source) -> None:
     problems: list[str] = []
     for corner in (mixed, lows, highs):
         try:
-            build(TrainConfig, {**space.settings(corner), **space.trial_limits()}, source.name)
+            build(TrainConfig, {**space.settings(corner), **space.trial_limits(corner)}, source.name)
             return
         except ConfigError as error:
             problems = problems or error.problems

@@ -392,7 +392,7 @@ class SearchStudy:
         trial.set_user_attr("config", self._config_to_train_on(settings))
         if self._plant is not None and what.objective is None:
             self._predict(trial, self._plant, settings)
-        limits = self.space.trial_limits(self.space.screen.share if what.stage == "screen" else 1.0)
+        limits = self.space.trial_limits(values, self.space.screen.share if what.stage == "screen" else 1.0)
         self._seconds[trial.number] = limits.get("max_seconds", settings.get("max_seconds"))
         trial_settings = {**settings, **limits, "decoded_cache": str(self.directory / CACHE)}
         values |= {name: value for name, value in more.items() if name in self.space.search}

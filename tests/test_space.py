@@ -413,8 +413,15 @@ def test_every_trial_has_its_own_seed_that_the_trainer_accepts() -> None:
 
 def test_a_trial_trains_for_its_budget_and_the_best_settings_do_not_hold_it(read: Any) -> None:
     space = read("budget: {steps: 7, epochs: 2}\nfixed: {epochs: 50}\n" + SEARCH)
-    assert space.trial_limits() == {"max_steps": 7, "epochs": 2, "checkpoint_every": 0}
+    assert space.trial_limits({}) == {"max_steps": 7, "epochs": 2, "checkpoint_every": 0}
     assert space.settings({"lr": 0.01}) == {"epochs": 50, "lr": 0.01}
+
+
+def test_a_short_trial_is_short_also_where_settings_bound_it_and_keeps_what_is_searched(read: Any) -> None:
+    space = read("fixed: {max_steps: 100, max_seconds: 60}\nsearch: {epochs: {low: 2, high: 20}}\n")
+    short = {"max_steps": 25, "max_seconds": 15.0, "epochs": 4, "checkpoint_every": 0}
+    assert space.trial_limits({"epochs": 16}, 0.25) == short
+    assert space.trial_limits({"epochs": 16}) == {"checkpoint_every": 0}
 
 
 @pytest.mark.parametrize(
