@@ -385,6 +385,7 @@ class SearchStudy:
         self, trial: optuna.trial.Trial, values: dict[str, Any], more: Mapping[str, Any], what: Extra
     ) -> Proposal:
         self._running[trial.number] = trial
+        _set_aside(self.trial_directory(trial.number))
         seed = derived_seed(self.space.seed, trial.number) if what.seed is None else what.seed
         settings = {**self.space.settings(values), **more, "seed": seed}
         for name, value in {"stage": what.stage, "label": what.label, "seed": seed}.items():
@@ -530,6 +531,13 @@ class SearchStudy:
                 value = min([*seen, 0.0]) if maximize else max(seen, default=1000.0)
             result.append(float(value))
         return result
+
+
+def _set_aside(directory: Path) -> None:
+    """Rename the folder of a trial that an older journal, put back, does not know: its outcome is another trial's."""
+    if directory.exists():
+        count = sum(1 for _ in directory.parent.glob(f"{directory.name}.old*"))
+        directory.rename(directory.with_name(f"{directory.name}.old{count + 1}"))
 
 
 def _plain(value: Any) -> str:

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.journal import StudyBusyError, mend
-from acmds_tune.objective import Ended, write_outcome
+from acmds_tune.objective import Ended, read_outcome, write_outcome
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 from acmds_tune.stages import default_values
@@ -272,6 +272,21 @@ def test_a_resumed_search_does_not_repeat_its_points(create: Callable[..., Searc
             study.finish(proposal.number, OK)
         study = resumed(study)
     assert len(set(values)) == len(values)
+
+
+def test_an_older_journal_that_is_put_back_does_not_take_the_outcome_of_another_trial(
+    create: Callable[..., SearchStudy],
+) -> None:
+    study = create()
+    before = (study.directory / "journal.log").read_bytes()
+    folder = study.trial_directory(study.propose().number)
+    write_outcome(folder, 0, 1, OK)
+    study.close()
+    (study.directory / "journal.log").write_bytes(before)
+    again = SearchStudy.resume(study.directory, study.space)
+    assert again.propose().number == 0
+    assert read_outcome(folder) is None
+    assert read_outcome(folder.with_name("0000.old1")) == OK, "nothing is written over"
 
 
 def test_a_half_written_last_line_of_the_journal_is_cut_off(create: Callable[..., SearchStudy]) -> None:
