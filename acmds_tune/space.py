@@ -38,6 +38,9 @@ PRESETS: dict[str, list[dict[str, str]]] = {
 PRUNABLE = ("samples_per_second", "val_loss", "val_accuracy", "train_loss")
 """Objectives that a running trial reports, so that a pruner can judge them."""
 
+ONE_OBJECTIVE = ("cmaes",)
+"""Samplers that cannot propose for several objectives."""
+
 MAY_DIFFER = (
     "name", "trials", "timeouts", "resources", "budget.minutes", "confirm", "baselines", "anchor_every", "warm_start"
 )  # fmt: skip

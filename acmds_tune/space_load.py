@@ -24,6 +24,7 @@ from acmds_tune.requires import DRAWS, all_hold, draw, parse_requirement
 from acmds_tune.space import (
     FIGURE_NAMES,
     MAXIMIZED,
+    ONE_OBJECTIVE,
     PRESETS,
     PRUNABLE,
     SET_BY_THE_SEARCH,
@@ -119,6 +120,8 @@ def _validate(values: dict[str, Any], source: Source) -> Space:
     _check_stages(space, source)
     if space.pruner != "none" and (len(space.objective) > 1 or space.objective[0].name not in PRUNABLE):
         source.complain(("pruner",), f"needs one objective that a running trial reports: {', '.join(PRUNABLE)}")
+    if space.sampler in ONE_OBJECTIVE and len(space.objective) > 1:
+        source.complain(("sampler",), f"{space.sampler} takes one objective; tpe and gp take several")
     if not source.problems:
         _check_corners(space, source)
     return space

@@ -280,6 +280,12 @@ def test_a_pruner_needs_one_objective_that_a_running_trial_reports(problems: Any
     assert "pruner: needs one objective" in problems("objective: pareto\npruner: asha\n" + SEARCH)[0]
 
 
+def test_a_sampler_that_takes_one_objective_is_refused_for_several(problems: Any, read: Any) -> None:
+    text = "objective: pareto\nsampler: cma-es\n" + SEARCH
+    assert problems(text) == ["line 2: sampler: cmaes takes one objective; tpe and gp take several"]
+    assert read(text.replace("cma-es", "gp")).sampler == "gp"
+
+
 def test_a_constraint_measures_how_far_a_figure_is_on_the_wrong_side() -> None:
     most = parse_constraint("headroom_breach_fraction<=0.05")
     assert most.violation(0.25) == pytest.approx(0.2)
