@@ -195,10 +195,11 @@ class SearchStudy:
             fits = all(contains(self.space.search[name], value) for name, value in params.items())
             if row.status not in DONE or row.values is None or not fits or row.number in taken:
                 continue
+            blind = self.space.sampler in WITHOUT_CONSTRAINTS and not row.feasible
             known = optuna.trial.create_trial(
                 params=params,
                 distributions={name: distribution(self.space.search[name]) for name in params},
-                values=list(row.values),
+                values=self._values({}) if blind else list(row.values),
                 user_attrs={"earlier": str(other), "earlier_trial": row.number},
                 system_attrs={f"constraints:{index}": value for index, value in enumerate(row.violations)},
             )

@@ -706,6 +706,18 @@ def test_a_study_of_the_same_thing_is_known_and_its_best_are_tried_first(
     assert (earlier.directory / JOURNAL).is_file()
 
 
+def test_a_sampler_that_knows_no_constraints_learns_the_worst_of_an_earlier_trial_that_broke_one(
+    run: Callable[..., Any], space: Callable[[str], Space], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "trials: 8\nfixed: {device: cpu}\nsearch:\n  max_batch_size: {values: [64, 128]}\n"
+    run(text, fits_64, name="earlier")
+    monkeypatch.setattr("acmds_tune.study.WITHOUT_CONSTRAINTS", ("random",))
+    study = SearchStudy.create(tmp_path / "s", space(text + "sampler: random\n"), text, {})
+    assert study.learn_from(tmp_path / "earlier") == 8
+    known = [each for each in study._study.trials if "earlier" in each.user_attrs]
+    assert {(each.params["max_batch_size"], each.value) for each in known} == {(64, 64.0), (128, 0.0)}
+
+
 def test_of_a_study_of_something_else_only_the_best_settings_are_taken(
     run: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
