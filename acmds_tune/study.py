@@ -101,6 +101,7 @@ class SearchStudy:
         self._plant: Plant | None = None
         self._screening: Future[list[dict[str, Any]]] | None = None
         """The settings that are best on the plant, until they are enqueued."""
+        self._ends = False
         self._percent: dict[int, int] = {}
         self._seconds: dict[int, float | None] = {}
         """What each running trial may train at most."""
@@ -308,8 +309,13 @@ class SearchStudy:
             return values
         return nearest_allowed(values, self.space.search, holds, random.Random(seed)) or values
 
+    def interrupt(self) -> None:
+        """Look for the settings that are best on the plant no longer. May be called from a signal handler."""
+        self._ends = True
+
     def close(self) -> None:
         """Let go of the study, so that another process may hold it."""
+        self.interrupt()
         os.close(self._lock)
 
     # --- trials
@@ -503,7 +509,7 @@ class SearchStudy:
     def _prescreen(self, plant: Plant) -> None:
         """Look for the settings that are best on the plant, while the trial of the defaults runs."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="acmds-prescreen")
-        self._screening = thread.submit(best_on_plant, plant, self.space, self._default, self._requirements)
+        self._screening = thread.submit(best_on_plant, plant, self.space, self._default, self._requirements, lambda: self._ends)
         thread.shutdown(wait=False)
 
     def _end_violation(self, number: int, status: str) -> float:

@@ -629,6 +629,26 @@ def test_the_defaults_are_tried_while_the_plants_best_are_looked_for_also_after_
     study.close()
 
 
+def test_a_search_that_is_interrupted_does_not_wait_for_the_plants_best_and_looks_for_them_again(
+    tmp_path: Path, space: Callable[[str], Space]
+) -> None:
+    text = TEXT + "prescreen: {keep: 1, settings: 20000}\n"  # minutes
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    plant = study.propose()
+    study.trial_directory(plant.number).mkdir(parents=True)
+    (study.trial_directory(plant.number) / PLANT_FILE).write_text(json.dumps(asdict(PLANT)))
+    study.finish(plant.number, speed_of_lr(plant))
+    default = study.propose()
+    study.finish(default.number, speed_of_lr(default))
+    study.interrupt()
+    assert study._screening is not None
+    assert study._screening.result(timeout=30) == []
+    study.close()
+    study = SearchStudy.resume(tmp_path / "s", space(text))
+    assert study._screening is not None
+    study.close()
+
+
 def test_without_a_plant_the_search_goes_on(run: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     _, started = run(TEXT + "prescreen: {keep: 2}\n", speed_of_lr)
     assert [each.stage for each in started] == ["plant"] + ["search"] * 4
