@@ -509,7 +509,9 @@ class SearchStudy:
     def _prescreen(self, plant: Plant) -> None:
         """Look for the settings that are best on the plant, while the trial of the defaults runs."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="acmds-prescreen")
-        self._screening = thread.submit(best_on_plant, plant, self.space, self._default, self._requirements, lambda: self._ends)
+        self._screening = thread.submit(
+            best_on_plant, plant, self.space, self._default, self._requirements, lambda: self._ends
+        )
         thread.shutdown(wait=False)
 
     def _end_violation(self, number: int, status: str) -> float:

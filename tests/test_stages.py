@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig
-from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.errors import ConfigError, OutOfMemoryForGoodError
 from acmds_tune.baselines import halving
 from acmds_tune.journal import JOURNAL
 from acmds_tune.objective import Ended
@@ -688,6 +688,19 @@ def test_halving_counts_the_attempts_that_failed(tmp_path: Path) -> None:
     alone = json.loads((tmp_path / "batch_128" / "outcome.json").read_text(encoding="utf-8"))
     assert found["samples_per_second"] < alone["samples_per_second"]
     assert (tmp_path / "steps.csv").read_text(encoding="utf-8").count("\n") == 7
+
+
+def test_halving_ends_where_one_sample_meets_an_error_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def attempt(settings: Mapping[str, Any], *_: Any) -> None:
+        tried.append(settings["max_batch_size"])
+        assert len(tried) < 10
+
+    monkeypatch.setattr("acmds_tune.baselines.until_error", attempt)
+    with pytest.raises(OutOfMemoryForGoodError, match="not even one of 1 sample"):
+        halving({"max_batch_size": 6}, tmp_path, lambda _: None, lambda: False)
+    assert tried == [6, 3, 1]
 
 
 def test_halving_loses_the_time_of_the_failed_attempts_and_not_the_start_of_the_last_one(
