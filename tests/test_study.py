@@ -321,13 +321,15 @@ def test_a_disk_that_is_full_for_a_moment_costs_no_trial_that_had_ended(
         study.finish(study.propose().number, OK)
     size = (study.directory / "journal.log").stat().st_size
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    number = None
+
+    def go_on() -> None:
+        for _ in range(3):
+            study.finish(study.propose().number, OK)
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            for _ in range(3):
-                number = study.propose().number
-                study.finish(number, OK)
+            go_on()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
