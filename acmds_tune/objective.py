@@ -154,7 +154,7 @@ def evaluate(
         figures = numbers(objective(settings, directory, remember, should_stop))
     except Exception as error:  # noqa: BLE001 - whatever a trial raises is a row of the table, never the end of a search
         partial = getattr(error, "partial", None)  # what a run that failed had measured
-        figures = figures_so_far(last) | (figures_of(asdict(partial)) if is_dataclass(partial) else {})
+        figures = figures_so_far(last) | _figures_of_partial(partial)
         ended = _bad_end(error, figures)
         text = traceback.format_exc()
         (directory / "traceback.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -162,6 +162,10 @@ def evaluate(
         stopped = should_stop() and figures.get("stopped_early", True)
         ended = Ended("stopped" if stopped else "ok", "asked to stop" if stopped else "finished", figures_of(figures))
     return Ended(ended.status, ended.reason, ended.figures, time.monotonic() - start)
+
+
+def _figures_of_partial(partial: Any) -> dict[str, Any]:
+    return figures_of(asdict(partial)) if is_dataclass(partial) and not isinstance(partial, type) else {}
 
 
 def _bad_end(error: Exception, figures: dict[str, Any]) -> Ended:

@@ -41,6 +41,10 @@ MOST = 2**53
 """Above it not every whole number is a float, and the sampler thinks in floats."""
 
 
+CORNERS = 200
+"""Random configurations that are looked at beside the corners, since choices may stand in any order."""
+
+
 def load(
     path: str | Path,
     *,
@@ -411,7 +415,8 @@ def _check_corners(space: Space, source: Source) -> None:
     }
     mixed = {name: highs[name] if name.startswith("max_") else lows[name] for name in lows}
     problems: list[str] = []
-    for corner in (mixed, lows, highs):
+    rng = random.Random(0)
+    for corner in (mixed, lows, highs, *(draw(space.search, rng) for _ in range(CORNERS))):
         try:
             build(TrainConfig, {**space.settings(corner), **space.trial_limits(corner)}, source.name)
             return

@@ -247,6 +247,11 @@ def test_settings_that_go_together_somewhere_are_accepted(read: Any) -> None:
     read("search:\n  min_batch_size: {low: 128, high: 256}\n  max_batch_size: {low: 64, high: 512}\n")
 
 
+def test_settings_that_go_together_for_some_choices_in_the_middle_are_accepted(read: Any) -> None:
+    text = "search:\n  min_batch_size: {values: [64, 8, 32]}\n  max_batch_size: {values: [16, 128, 24]}\n"
+    assert set(read(text).search) == {"min_batch_size", "max_batch_size"}
+
+
 def test_a_file_without_a_searched_setting_is_refused(problems: Any) -> None:
     assert problems("trials: 3\n") == ["search: is empty; name at least one setting with its range or choices"]
 
