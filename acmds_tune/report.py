@@ -360,8 +360,8 @@ def _event_cell(column: Column, row: Mapping[str, str]) -> Any:
         return int(float(text)) if text else 0
     if column.dtype == "bool":  # what is not an out-of-memory error does not end a run
         return text.lower() in ("true", "1") if text else row.get("kind") != "out_of_memory"
-    if column.dtype == "float" and text:
-        float(text)
+    if column.dtype == "float" and text and not math.isfinite(float(text)):
+        return ""
     return text
 
 

@@ -479,6 +479,20 @@ def test_a_broken_step_file_costs_the_plot_and_not_the_page(study: Study) -> Non
     assert "No trial left step records" in report.write_html(study.folder).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("row", ["0,inf,1,1,1,1", "inf,4,1,1,1,1", "0,4,1e999,1,1,1", "0,4,1,1,1,1"])
+def test_a_number_without_end_in_the_records_of_a_trial_does_not_cost_the_page(study: Study, row: str) -> None:
+    study.add()
+    folder = report.trial_dir(study.folder, 0)
+    folder.mkdir(parents=True)
+    head = "step,micro_batch,peak_allocated_gb,reserved_gb,budget_gb,target_headroom_gb"
+    (folder / "steps.csv").write_text(f"{head}\n1,4,1,1,1,1\n{row}\n", encoding="utf-8")
+    names = [column.name for column in EVENT_COLUMNS if column.name != "trial"]
+    event = "1,0,1.5,out_of_memory,8,4,inf,1.0,0.1,1,true,m"
+    (folder / "events.csv").write_text(f"{','.join(names)}\n{event}\n", encoding="utf-8")
+    assert report.read_events(study.folder, 0)[0]["budget_gb"] == ""
+    assert report.write_html(study.folder).is_file()
+
+
 def test_only_the_worker_of_the_maps_is_taken_out_of_the_plot_library() -> None:
     assert report_html.without_maps(r"a='var t1=Object;\'x\'';b='c'") == "a='';b='c'"
     assert report_html.without_maps("a='other'") == "a='other'"
