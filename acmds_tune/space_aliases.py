@@ -224,6 +224,8 @@ def _parameter(name: str, value: Any, fixed: dict[str, Any], source: Source) -> 
                 source.complain((*path, key), "must be a list")
                 continue
             names = ("low", "high", "step")
+            if value.get("_type") != "choice" and len(item) > len(names):
+                source.complain((*path, key), f"{len(item)} numbers; a range has low, high and perhaps a step")
             parts = {"values": item} if value.get("_type") == "choice" else dict(zip(names, item, strict=False))
             for part, part_value in parts.items():
                 _put(result, part, part_value, (*path, key), (*path, part), source)

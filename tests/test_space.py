@@ -144,6 +144,11 @@ def test_what_means_something_else_is_refused_with_a_hint(problems: Any, text: s
     assert hint in found[0]
 
 
+def test_numbers_of_an_nni_range_that_mean_nothing_are_refused(problems: Any) -> None:
+    text = "search:\n  lr: {_type: uniform, _value: [0.1, 0.5, 0.2, 9]}\n"
+    assert problems(text) == ["line 2: search.lr._value: 4 numbers; a range has low, high and perhaps a step"]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
