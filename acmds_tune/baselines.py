@@ -25,8 +25,10 @@ def halving(settings: Mapping[str, Any], directory: Path, report: Report, should
         figures = until_error(held, attempt, report, should_stop, errors)
         if figures is not None:
             break
+        if batch == 1:  # there is no half of it, and the same again might go on for ever
+            raise OutOfMemoryForGoodError("no batch runs without an out-of-memory error, not even one of 1 sample")
         errors += 1
-        batch = max(1, batch // 2)
+        batch //= 2
     for name in ("steps.csv", "events.csv", "config.json", "environment.json"):
         if (attempt / name).exists():
             shutil.copy(attempt / name, directory / name)

@@ -314,11 +314,16 @@ def _best(arguments: argparse.Namespace) -> int:
     study, path = load_study(arguments.directory), arguments.directory / "best.json"
     if not path.is_file():
         raise ConfigError(str(arguments.directory), ["has no best.json: no trial was feasible, or none has ended yet"])
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        trial, config = content["acmds_study"]["trial"], dict(content["config"])
+    except (ValueError, KeyError, TypeError):
+        what = f"is not what was written there; acmds-tune report {arguments.directory} writes it again"
+        raise ConfigError(str(path), [what]) from None
     print(path)
-    print(f"trial: {content['acmds_study']['trial']}")
+    print(f"trial: {trial}")
     for name in study.searched:
-        print(f"{name}: {json.dumps(content['config'].get(name))}")
+        print(f"{name}: {json.dumps(config.get(name))}")
     return 0
 
 

@@ -42,7 +42,12 @@ STAGES: dict[str, str] = {
 """The values of the column `stage`, and what they mean."""
 
 _HEAD = (
-    Column("trial", "int", "", "Number of the trial, from 0, in the order of the starts."),
+    Column(
+        "trial",
+        "int",
+        "",
+        "Number of the trial and of its folder, from 0, in the order in which trials were put in line.",
+    ),
     Column("stage", "str", "", f"Why it was run: {', '.join(STAGES)}."),
     Column(
         "label", "str", "", "What it repeats or is: `trial 7`, `default`, `fixed batch 128`, `halving`; else empty."

@@ -78,6 +78,7 @@ class Driver:
     def interrupt(self) -> None:
         """Start nothing more and end the running trials, as on Ctrl-C. May be called from a signal handler."""
         self.ending = INTERRUPTED
+        self.study.interrupt()
 
     @property
     def done(self) -> bool:

@@ -84,9 +84,16 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except json.JSONDecodeError as error:
-        text = error.doc[:40].strip()
-        problem = f"is damaged: a line is not what was written there ({text!r}); put a copy of the file in its place"
-        raise ConfigError(str(path), [problem]) from None
+        raise _damaged(path, repr(error.doc[:40].strip())) from None
+    except UnicodeDecodeError as error:
+        raise _damaged(path, repr(error.object[max(0, error.start - 20) : error.start + 20])) from None
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+
+
+def _damaged(path: Path, where: str) -> ConfigError:
+    problem = f"is damaged: a line is not what was written there ({where}); put a copy of the file in its place"
+    return ConfigError(str(path), [problem])
 
 
 def hold(directory: Path) -> int:

@@ -6,14 +6,16 @@ The default objective is `run`. Any function with its signature can take its pla
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import math
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from acmds_optimizer.engine.telemetry import Progress
 
 logger = logging.getLogger(__name__)
+
+_MOST = 2**63
+"""No table holds a larger whole number."""
 
 DEFAULT_OBJECTIVE = "acmds_tune.objective:run"
 
@@ -89,11 +94,31 @@ def share_done(progress: Mapping[str, Any], max_seconds: float | None = None) ->
     done = progress.get("step", 0) / max(1, progress.get("total_steps") or 1)
     if max_seconds:
         done = max(done, (progress.get("seconds") or 0.0) / max_seconds)
-    return min(1.0, done)
+    return max(0.0, min(1.0, done))
 
 
 def _is_measured(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and math.isfinite(value)
+    return isinstance(value, bool | int | float) and abs(value) < _MOST and math.isfinite(value)
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that are numbers or none, those of NumPy and PyTorch as Python's.
+
+    An objective of the user's own may say anything. What is no number would have to travel to the search, and be
+    reckoned with there.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"figures and progress are mappings of names to numbers, not {type(values).__name__}")
+    result = {}
+    for name, value in values.items():
+        if hasattr(value, "item"):
+            with contextlib.suppress(Exception):  # of several elements, or of another kind altogether
+                value = value.item()
+        if value is None or (
+            isinstance(value, bool | int | float) and not (type(value) is int and abs(value) >= _MOST)
+        ):
+            result[name] = value
+    return result
 
 
 def load_objective(name: str) -> Objective:
@@ -119,16 +144,17 @@ def evaluate(
     last: dict[str, Any] = {}
 
     def remember(progress: dict[str, Any]) -> None:
+        progress = numbers(progress)
         last.update((key, value) for key, value in progress.items() if value is not None)
         report(progress)
 
     directory.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     try:
-        figures = objective(settings, directory, remember, should_stop)
+        figures = numbers(objective(settings, directory, remember, should_stop))
     except Exception as error:  # noqa: BLE001 - whatever a trial raises is a row of the table, never the end of a search
         partial = getattr(error, "partial", None)  # what a run that failed had measured
-        figures = figures_so_far(last) | (figures_of(asdict(partial)) if partial is not None else {})
+        figures = figures_so_far(last) | _figures_of_partial(partial)
         ended = _bad_end(error, figures)
         text = traceback.format_exc()
         (directory / "traceback.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -136,6 +162,10 @@ def evaluate(
         stopped = should_stop() and figures.get("stopped_early", True)
         ended = Ended("stopped" if stopped else "ok", "asked to stop" if stopped else "finished", figures_of(figures))
     return Ended(ended.status, ended.reason, ended.figures, time.monotonic() - start)
+
+
+def _figures_of_partial(partial: Any) -> dict[str, Any]:
+    return figures_of(asdict(partial)) if is_dataclass(partial) and not isinstance(partial, type) else {}
 
 
 def _bad_end(error: Exception, figures: dict[str, Any]) -> Ended:
@@ -150,7 +180,14 @@ def _bad_end(error: Exception, figures: dict[str, Any]) -> Ended:
 
 def _one_line(error: BaseException) -> str:
     # the name of a file may be no UTF-8, and no table could be written with it
-    text = " ".join(str(error).split()).encode(errors="backslashreplace").decode() or type(error).__name__
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001 - of an exception of the user's own
+        said = ""
+    text = (
+        " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", said).split()).encode(errors="backslashreplace").decode()
+        or type(error).__name__
+    )
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -49,14 +49,18 @@ def comparable(study: StudyRecord, one: TrialRecord, other: TrialRecord) -> bool
 
 
 def best_on_plant(
-    plant: Plant, space: Space, default: Mapping[str, Any], requirements: Sequence[Requirement]
+    plant: Plant,
+    space: Space,
+    default: Mapping[str, Any],
+    requirements: Sequence[Requirement],
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """The `prescreen.keep` best of `prescreen.settings` random settings of the controller, no two of them alike.
 
     Of other settings the plant knows nothing. So the first has the defaults for them, and each further one another
     value for one of those with choices: since the controller is equally good in all of them, what differs is due to
     that one. The rest is left to the sampler. With all of them at the defaults, or by chance, the search got slower
-    than without a plant (docs/experiments.md).
+    than without a plant (docs/experiments.md). Once it is `stopped` there are none.
     """
     known = {name: parameter for name, parameter in space.search.items() if name in CONTROLLED}
     if not known:
@@ -66,7 +70,7 @@ def best_on_plant(
 
     def score(values: Mapping[str, Any], seeds: Sequence[int]) -> tuple[float, float] | None:
         settings = {**defaults, **space.settings(values)}
-        if not all_hold(requirements, settings):
+        if stopped() or not all_hold(requirements, settings):
             return None
         neighbour = [(step.at, step.holds_gb) for step in space.neighbour]
         try:
@@ -87,6 +91,8 @@ def best_on_plant(
     finalists = [values for _, values in scored[: 10 * space.prescreen.keep]]
     scored = [(found, values) for values in finalists if (found := score(values, range(1, 5))) is not None]
     scored.sort(key=lambda item: item[0])
+    if stopped():
+        return []
     chosen: list[dict[str, Any]] = []
     for _, values in scored:
         if len(chosen) == space.prescreen.keep:

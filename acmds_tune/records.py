@@ -38,7 +38,7 @@ class TrialRecord:
     """One started trial.
 
     Attributes:
-        number: from 0, in the order of the starts.
+        number: from 0, in the order in which trials were put in line: mostly that of the starts.
         status: one of acmds_tune.columns.STATUSES.
         reason: one line; never empty.
         violations: one number a constraint of the study, above 0 where it is broken; empty where not known.

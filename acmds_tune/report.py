@@ -5,6 +5,7 @@ Everything here is made again from the study directory alone, at any time, also 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -157,7 +158,7 @@ def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
     seed = attrs.get("seed")
     config = attrs.get("config") or _json(trial_dir(study_dir, trial.number) / "config.json") or trial.params
     seconds = _number(attrs.get("seconds"))
-    if seconds is None and trial.duration is not None:
+    if seconds is None and trial.duration is not None and "status" not in attrs:
         seconds = trial.duration.total_seconds()
     figures["seconds"] = seconds
     told = attrs.get("values") or trial.values
@@ -343,10 +344,13 @@ def read_events(study_dir: str | Path, number: int) -> list[dict[str, Any]]:
     except OSError:
         return []
     events = []
-    for row in csv.DictReader(io.StringIO(text)):
-        if None in row.values():  # a last line cut off by the death of the trial
-            continue
-        events.append({"trial": number, **{c.name: _event_cell(c, row) for c in EVENT_COLUMNS if c.name != "trial"}})
+    with contextlib.suppress(csv.Error):  # cut off within quotation marks
+        for row in csv.DictReader(io.StringIO(text)):
+            if None in row.values():  # a last line cut off by the death of the trial
+                continue
+            with contextlib.suppress(ValueError, OverflowError):  # not a line of the trainer's
+                cells = {c.name: _event_cell(c, row) for c in EVENT_COLUMNS if c.name != "trial"}
+                events.append({"trial": number, **cells})
     return events
 
 
@@ -356,6 +360,8 @@ def _event_cell(column: Column, row: Mapping[str, str]) -> Any:
         return int(float(text)) if text else 0
     if column.dtype == "bool":  # what is not an out-of-memory error does not end a run
         return text.lower() in ("true", "1") if text else row.get("kind") != "out_of_memory"
+    if column.dtype == "float" and text and not math.isfinite(float(text)):
+        return ""
     return text
 
 

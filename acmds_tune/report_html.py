@@ -171,7 +171,8 @@ def read_steps(study_dir: Path, number: int) -> pd.DataFrame | None:
     except (OSError, ValueError) as error:  # a trial that was killed may leave anything
         logger.warning("%s is left out of the report: %s", path, error)
         return None
-    steps = steps.apply(pd.to_numeric, errors="coerce").dropna(subset=["step", "micro_batch"])
+    steps = steps.apply(pd.to_numeric, errors="coerce").replace([math.inf, -math.inf], math.nan)
+    steps = steps.dropna(subset=["step", "micro_batch"])
     return steps if len(steps) else None
 
 

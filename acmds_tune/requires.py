@@ -20,15 +20,25 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+
+
+def _same(left: Any, right: Any) -> bool:
+    """`direction == none`: none is a choice of some settings, and no value at all of others."""
+    return (None if left == "none" else left) == (None if right == "none" else right)
+
+
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
+    ast.Eq: _same,
+    ast.NotEq: lambda left, right: not _same(left, right),
 }
 _CONSTANTS = {"true": True, "false": False, "none": None}
+
+MOST_PARTS = 300
+"""Settings, values and operations of one expression."""
 
 DRAWS = 4000
 """Random configurations among which one that fulfils everything is looked for."""
@@ -45,7 +55,7 @@ class Requirement:
         """Whether `settings` fulfil it; also where it cannot be said, because a setting in it is none."""
         try:
             return bool(_value(self.tree, settings))
-        except (TypeError, ZeroDivisionError):
+        except (TypeError, ZeroDivisionError, OverflowError):
             return True
 
 
@@ -59,10 +69,14 @@ def parse_requirement(text: str) -> Requirement:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+    except (RecursionError, MemoryError):
+        raise ValueError(f"'{text[:40]}...': is nested too deeply") from None
     except (SyntaxError, ValueError):
         raise ValueError(f"'{text}': is no expression; write max_batch_size >= 4 * min_batch_size") from None
     allowed = (ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Name, ast.Constant, ast.boolop, ast.unaryop,
                ast.expr_context, *_BINARY, *_COMPARE)  # fmt: skip
+    if sum(isinstance(node, ast.expr) for node in ast.walk(tree)) > MOST_PARTS:
+        raise ValueError(f"'{text[:40]}...': has more than {MOST_PARTS} parts; write several")
     for node in ast.walk(tree):
         if not isinstance(node, allowed) or isinstance(node, ast.Invert):
             raise ValueError(f"'{text}': only settings, values, + - * / // %, comparisons, and, or, not")

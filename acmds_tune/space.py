@@ -38,6 +38,9 @@ PRESETS: dict[str, list[dict[str, str]]] = {
 PRUNABLE = ("samples_per_second", "val_loss", "val_accuracy", "train_loss")
 """Objectives that a running trial reports, so that a pruner can judge them."""
 
+ONE_OBJECTIVE = ("cmaes",)
+"""Samplers that cannot propose for several objectives."""
+
 MAY_DIFFER = (
     "name", "trials", "timeouts", "resources", "budget.minutes", "confirm", "baselines", "anchor_every", "warm_start"
 )  # fmt: skip
@@ -290,11 +293,16 @@ class Space(_Model):
         """The settings to train with, given the searched `values`: fixed and searched ones, no trial's budget."""
         return {**self.fixed, **values}
 
-    def trial_limits(self, share: float = 1.0) -> dict[str, Any]:
-        """The settings that make a training run a trial: its budget, or a share of it, and no checkpoints."""
+    def trial_limits(self, values: Mapping[str, Any], share: float = 1.0) -> dict[str, Any]:
+        """The settings that make a training run a trial: its budget, or a share of it, and no checkpoints.
+
+        Of a short trial the settings that end a run are cut as well, where the budget leaves it to them.
+        """
         steps, epochs, seconds = self.budget.steps, self.budget.epochs, self.budget.seconds
         if share < 1.0:
-            epochs = epochs or int(self.fixed.get("epochs", TrainConfig().epochs))
+            settings = self.settings(values)
+            epochs = epochs or int(settings.get("epochs", TrainConfig().epochs))
+            steps, seconds = steps or settings.get("max_steps"), seconds or settings.get("max_seconds")
         budget = {
             "max_steps": None if steps is None else max(1, round(steps * share)),
             "epochs": None if epochs is None else max(1, round(epochs * share)),

@@ -152,9 +152,10 @@ def canonical(raw: dict[str, Any], source: Source) -> dict[str, Any]:
     if isinstance(result.get("search"), dict):
         fixed = result.setdefault("fixed", {}) or {}
         result["fixed"] = fixed
+        constants = fixed if isinstance(fixed, dict) else {}  # else it is said where the section is checked
         searched = {}
         for name, value in result["search"].items():
-            parameter = _parameter(name, value, fixed, source)
+            parameter = _parameter(name, value, constants, source)
             if parameter is not None:
                 searched[name] = parameter
         result["search"] = searched
@@ -172,7 +173,7 @@ def _put(target: dict[str, Any], key: str, value: Any, old: KeyPath, new: KeyPat
 
 
 def _choice(key: str, value: Any, aliases: dict[str, str], source: Source) -> Any:
-    if isinstance(value, dict) and (set(value) == {"type"} or (key, value.get("type")) in REFUSED_VALUES):
+    if isinstance(value, dict) and (set(value) == {"type"} or (key, str(value.get("type"))) in REFUSED_VALUES):
         value = value["type"]  # W&B: early_terminate: {type: hyperband, min_iter: 3}
     if value is None or value is False:  # `pruner: null` reads as no pruner
         return "none"
@@ -223,6 +224,8 @@ def _parameter(name: str, value: Any, fixed: dict[str, Any], source: Source) -> 
                 source.complain((*path, key), "must be a list")
                 continue
             names = ("low", "high", "step")
+            if value.get("_type") != "choice" and len(item) > len(names):
+                source.complain((*path, key), f"{len(item)} numbers; a range has low, high and perhaps a step")
             parts = {"values": item} if value.get("_type") == "choice" else dict(zip(names, item, strict=False))
             for part, part_value in parts.items():
                 _put(result, part, part_value, (*path, key), (*path, part), source)

@@ -24,6 +24,7 @@ from acmds_tune.requires import DRAWS, all_hold, draw, parse_requirement
 from acmds_tune.space import (
     FIGURE_NAMES,
     MAXIMIZED,
+    ONE_OBJECTIVE,
     PRESETS,
     PRUNABLE,
     SET_BY_THE_SEARCH,
@@ -35,6 +36,13 @@ from acmds_tune.space import (
 )
 from acmds_tune.space_aliases import REFUSED_SETTINGS, canonical
 from acmds_tune.space_yaml import Source, read
+
+MOST = 2**53
+"""Above it not every whole number is a float, and the sampler thinks in floats."""
+
+
+CORNERS = 200
+"""Random configurations that are looked at beside the corners, since choices may stand in any order."""
 
 
 def load(
@@ -81,7 +89,7 @@ def _apply_set(values: dict[str, Any], fixed: Mapping[str, str], source: Source)
             continue
         try:
             target[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             why = getattr(error, "problem", None) or error
             source.complain(("fixed", key), f"{text!r}: is not valid YAML: {why}; put the value in quotes of its own")
     if fixed:
@@ -116,6 +124,8 @@ def _validate(values: dict[str, Any], source: Source) -> Space:
     _check_stages(space, source)
     if space.pruner != "none" and (len(space.objective) > 1 or space.objective[0].name not in PRUNABLE):
         source.complain(("pruner",), f"needs one objective that a running trial reports: {', '.join(PRUNABLE)}")
+    if space.sampler in ONE_OBJECTIVE and len(space.objective) > 1:
+        source.complain(("sampler",), f"{space.sampler} takes one objective; tpe and gp take several")
     if not source.problems:
         _check_corners(space, source)
     return space
@@ -162,6 +172,9 @@ def _objectives(items: list[Any], source: Source) -> list[Objective]:
             source.complain(path, f"{item!r}: write speed, pareto, a figure, or {{name: ..., direction: ...}}")
             continue
         name = item.get("name")
+        if isinstance(name, str) and name in PRESETS:
+            source.complain((*path, "name"), f"{name} says more than one figure does; write it by itself: {name}")
+            continue
         if name not in FIGURE_NAMES:
             valid = [*PRESETS, *FIGURE_NAMES]
             source.complain((*path, "name"), f"no figure is called {name!r}{nearest(str(name), valid)}")
@@ -266,8 +279,8 @@ def _complete(name: str, parameter: Parameter, source: Source) -> Parameter:
 
 
 def _complete_choices(path: tuple[str, str], name: str, parameter: Parameter, source: Source) -> Parameter:
-    for key in ("low", "high", "step"):
-        if getattr(parameter, key) is not None:
+    for key in ("low", "high", "step", "log"):
+        if getattr(parameter, key) not in (None, False):
             source.complain((*path, key), "does not go with values; keep one of them")
     if not parameter.values:
         source.complain(path, "needs values: a list of choices")
@@ -293,6 +306,9 @@ def _complete_range(path: tuple[str, str], name: str, parameter: Parameter, sour
     if parameter.type == "int" and (int(low) != low or int(high) != high or (step is not None and int(step) != step)):
         source.complain(path, "low, high and step of an int must be whole numbers")
         return parameter
+    if max(abs(low), abs(high)) > MOST or (step is not None and step < abs(high - low) / MOST):
+        source.complain(path, f"numbers up to {MOST:g}, and at most as many steps, can be told apart; write others")
+        return parameter
     if low >= high:
         source.complain((*path, "high"), f"{high} must be above low, {low}")
     elif parameter.log and low <= 0:
@@ -308,8 +324,9 @@ def _complete_range(path: tuple[str, str], name: str, parameter: Parameter, sour
 
 
 def _check_name(space: Space, source: Source) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", space.name):
-        source.complain(("name",), f"{space.name!r}: use letters, digits, '.', '_' and '-', as in a folder's name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{,199}", space.name):
+        what = "use up to 200 letters, digits, '.', '_' and '-', as in a folder's name"
+        source.complain(("name",), f"{space.name!r}: {what}")
 
 
 def _check_fixed(space: Space, source: Source) -> None:
@@ -398,9 +415,10 @@ def _check_corners(space: Space, source: Source) -> None:
     }
     mixed = {name: highs[name] if name.startswith("max_") else lows[name] for name in lows}
     problems: list[str] = []
-    for corner in (mixed, lows, highs):
+    rng = random.Random(0)
+    for corner in (mixed, lows, highs, *(draw(space.search, rng) for _ in range(CORNERS))):
         try:
-            build(TrainConfig, {**space.settings(corner), **space.trial_limits()}, source.name)
+            build(TrainConfig, {**space.settings(corner), **space.trial_limits(corner)}, source.name)
             return
         except ConfigError as error:
             problems = problems or error.problems

@@ -72,6 +72,8 @@ def read(path: Path) -> tuple[dict[str, Any], Source]:
     try:
         node = loader.get_single_node()
         values = _construct(loader, node, (), source) if node is not None else None
+    except RecursionError:
+        raise ConfigError(str(path), ["is nested too deeply to be read"]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
@@ -97,7 +99,7 @@ def _construct(
         loader.flatten_mapping(node)  # `<<: *anchor`
         result = {}
         for key_node, value_node in node.value:
-            written = str(loader.construct_object(key_node, deep=True))
+            written = str(_object(loader, key_node))
             key = written.replace("-", "_")
             line = key_node.start_mark.line + 1
             source.origin[(*path, key)] = (line, ".".join(str(part) for part in (*path, written)))
@@ -108,7 +110,7 @@ def _construct(
             dotted = ".".join(str(part) for part in (*path, index))
             source.origin[(*path, index)] = (item.start_mark.line + 1, dotted)
         return [_construct(loader, item, (*path, index), source, above) for index, item in enumerate(node.value)]
-    value = loader.construct_object(node, deep=True)
+    value = _object(loader, node)
     if (
         isinstance(value, str)
         and isinstance(node, yaml.ScalarNode)
@@ -117,6 +119,13 @@ def _construct(
     ):
         return float(value)  # YAML 1.1 reads 1e-3 as text, which nobody means
     return value
+
+
+def _object(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, OverflowError) as error:  # looks like a date or a number and is none: 2024-13-45
+        raise yaml.constructor.ConstructorError(problem=str(error), problem_mark=node.start_mark) from None
 
 
 def _check_duplicates(node: yaml.MappingNode, path: KeyPath, source: Source) -> None:

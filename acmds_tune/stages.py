@@ -85,6 +85,9 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
         return Extra("plant", PLANT, default, held, derived_seed(space.seed, 0), "acmds_tune.plant:measure")
     stage, wanted = ("screen", space.screen.trials) if space.screen.trials else ("search", space.trials)
     sampled = [row for row in rows if row.stage == stage]
+    # as they were tried: without what has its condition not met, and with what has no default of its own
+    tried = next((row for row in sampled if row.label == DEFAULT and row.config), None)
+    default = default if tried is None else searched(space, tried)
     if space.prescreen.keep and sampled and _running(rows, "plant"):
         return Wait()  # what comes after the defaults are the plant's best
     if space.anchor_every and sampled:

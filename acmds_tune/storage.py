@@ -38,13 +38,20 @@ class Journal(JournalFileBackend):
                 os.fsync(file.fileno())
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        if self._waits:
-            super().append_logs(logs)
-            return
+        """Add whole lines or none: behind half a one, which a full disk leaves, no later line could be read."""
+        rest = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         self._writers.acquire()
         try:
-            with self._path.open("ab") as file:
-                file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
+            with self._path.open("ab", buffering=0) as file:
+                before = file.seek(0, os.SEEK_END)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    if self._waits:
+                        os.fsync(file.fileno())
+                except BaseException:
+                    file.truncate(before)
+                    raise
         finally:
             self._writers.release()
 

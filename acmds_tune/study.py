@@ -101,6 +101,7 @@ class SearchStudy:
         self._plant: Plant | None = None
         self._screening: Future[list[dict[str, Any]]] | None = None
         """The settings that are best on the plant, until they are enqueued."""
+        self._ends = False
         self._percent: dict[int, int] = {}
         self._seconds: dict[int, float | None] = {}
         """What each running trial may train at most."""
@@ -195,10 +196,11 @@ class SearchStudy:
             fits = all(contains(self.space.search[name], value) for name, value in params.items())
             if row.status not in DONE or row.values is None or not fits or row.number in taken:
                 continue
+            blind = self.space.sampler in WITHOUT_CONSTRAINTS and not row.feasible
             known = optuna.trial.create_trial(
                 params=params,
                 distributions={name: distribution(self.space.search[name]) for name in params},
-                values=list(row.values),
+                values=self._values({}) if blind else list(row.values),
                 user_attrs={"earlier": str(other), "earlier_trial": row.number},
                 system_attrs={f"constraints:{index}": value for index, value in enumerate(row.violations)},
             )
@@ -307,8 +309,13 @@ class SearchStudy:
             return values
         return nearest_allowed(values, self.space.search, holds, random.Random(seed)) or values
 
+    def interrupt(self) -> None:
+        """Look for the settings that are best on the plant no longer. May be called from a signal handler."""
+        self._ends = True
+
     def close(self) -> None:
         """Let go of the study, so that another process may hold it."""
+        self.interrupt()
         os.close(self._lock)
 
     # --- trials
@@ -385,6 +392,7 @@ class SearchStudy:
         self, trial: optuna.trial.Trial, values: dict[str, Any], more: Mapping[str, Any], what: Extra
     ) -> Proposal:
         self._running[trial.number] = trial
+        _set_aside(self.trial_directory(trial.number))
         seed = derived_seed(self.space.seed, trial.number) if what.seed is None else what.seed
         settings = {**self.space.settings(values), **more, "seed": seed}
         for name, value in {"stage": what.stage, "label": what.label, "seed": seed}.items():
@@ -392,7 +400,7 @@ class SearchStudy:
         trial.set_user_attr("config", self._config_to_train_on(settings))
         if self._plant is not None and what.objective is None:
             self._predict(trial, self._plant, settings)
-        limits = self.space.trial_limits(self.space.screen.share if what.stage == "screen" else 1.0)
+        limits = self.space.trial_limits(values, self.space.screen.share if what.stage == "screen" else 1.0)
         self._seconds[trial.number] = limits.get("max_seconds", settings.get("max_seconds"))
         trial_settings = {**settings, **limits, "decoded_cache": str(self.directory / CACHE)}
         values |= {name: value for name, value in more.items() if name in self.space.search}
@@ -437,7 +445,7 @@ class SearchStudy:
 
     def _finish(self, number: int, ended: Ended, *, interrupted: bool) -> str:
         trial = self._running.pop(number)
-        figures = {**ended.figures, "seconds": ended.seconds}
+        figures = {**ended.figures, **({"seconds": ended.seconds} if ended.seconds else {})}  # not known after a kill
         violations = [constraint.violation(figures.get(constraint.figure)) for constraint in self._constraints]
         status, reason = ended.status, ended.reason
         broken = [
@@ -501,7 +509,9 @@ class SearchStudy:
     def _prescreen(self, plant: Plant) -> None:
         """Look for the settings that are best on the plant, while the trial of the defaults runs."""
         thread = ThreadPoolExecutor(1, thread_name_prefix="acmds-prescreen")
-        self._screening = thread.submit(best_on_plant, plant, self.space, self._default, self._requirements)
+        self._screening = thread.submit(
+            best_on_plant, plant, self.space, self._default, self._requirements, lambda: self._ends
+        )
         thread.shutdown(wait=False)
 
     def _end_violation(self, number: int, status: str) -> float:
@@ -530,6 +540,13 @@ class SearchStudy:
                 value = min([*seen, 0.0]) if maximize else max(seen, default=1000.0)
             result.append(float(value))
         return result
+
+
+def _set_aside(directory: Path) -> None:
+    """Rename the folder of a trial that an older journal, put back, does not know: its outcome is another trial's."""
+    if directory.exists():
+        count = sum(1 for _ in directory.parent.glob(f"{directory.name}.old*"))
+        directory.rename(directory.with_name(f"{directory.name}.old{count + 1}"))
 
 
 def _plain(value: Any) -> str:

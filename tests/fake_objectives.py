@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 
 
@@ -48,6 +50,29 @@ def progress(step: int, total: int = 10) -> dict[str, Any]:
 def ok(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
     report(progress(1))
     return figures(settings.get("lr", 1e-3))
+
+
+def junk(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    """Says what no table can hold, beside what one can."""
+    report(progress(1) | {"step": "one", "total_steps": 10**400, "samples_per_second": np.float32(3), "loss": junk})
+    report(progress(2) | {"val_loss": 10**400, "step": float("-inf")})
+    time.sleep(0.3)  # until the search has heard it
+    odd = {"samples_per_second": np.float32(5.5), "steps": np.int64(7), "samples": 2**70, "val_loss": "low"}
+    return figures() | odd | {"train_loss": 10**400, "val_accuracy": np.ones(2)}
+
+
+def no_figures(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> None:
+    return None
+
+
+def unspeakable(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    class UnspeakableError(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    raise UnspeakableError
 
 
 def raises(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:

@@ -226,6 +226,24 @@ def test_events_of_all_trials_are_in_one_table_and_a_line_cut_off_is_left_out(mi
     assert events.columns.tolist() == [column.name for column in EVENT_COLUMNS]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a,0,1,x,4,4,1,1,0,0,true,m",
+        "inf,0,1,x,4,4,1,1,0,0,true,m",
+        "1,0,1,x,4,4,y,1,0,0,true,m",
+        '1,0,1,x,4,4,1,1,0,0,true,"' + 200_000 * "m",
+    ],
+)
+def test_a_line_of_events_that_cannot_be_read_is_left_out_and_costs_no_table(line: str, tmp_path: Path) -> None:
+    names = [column.name for column in EVENT_COLUMNS if column.name != "trial"]
+    good = "7,0,1.5,out_of_memory,8,4,1.0,1.0,0.1,1,true,m"
+    folder = report.trial_dir(tmp_path, 0)
+    folder.mkdir(parents=True)
+    (folder / "events.csv").write_text("\n".join([",".join(names), good, line]) + "\n", encoding="utf-8")
+    assert [event["step"] for event in report.read_events(tmp_path, 0)] == [7]
+
+
 def test_events_cut_off_within_a_letter_do_not_cost_the_table(study: Study) -> None:
     study.add(100.0)
     columns = [column.name for column in EVENT_COLUMNS if column.name != "trial"]
@@ -461,6 +479,20 @@ def test_a_broken_step_file_costs_the_plot_and_not_the_page(study: Study) -> Non
     assert "No trial left step records" in report.write_html(study.folder).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("row", ["0,inf,1,1,1,1", "inf,4,1,1,1,1", "0,4,1e999,1,1,1", "0,4,1,1,1,1"])
+def test_a_number_without_end_in_the_records_of_a_trial_does_not_cost_the_page(study: Study, row: str) -> None:
+    study.add()
+    folder = report.trial_dir(study.folder, 0)
+    folder.mkdir(parents=True)
+    head = "step,micro_batch,peak_allocated_gb,reserved_gb,budget_gb,target_headroom_gb"
+    (folder / "steps.csv").write_text(f"{head}\n1,4,1,1,1,1\n{row}\n", encoding="utf-8")
+    names = [column.name for column in EVENT_COLUMNS if column.name != "trial"]
+    event = "1,0,1.5,out_of_memory,8,4,inf,1.0,0.1,1,true,m"
+    (folder / "events.csv").write_text(f"{','.join(names)}\n{event}\n", encoding="utf-8")
+    assert report.read_events(study.folder, 0)[0]["budget_gb"] == ""
+    assert report.write_html(study.folder).is_file()
+
+
 def test_only_the_worker_of_the_maps_is_taken_out_of_the_plot_library() -> None:
     assert report_html.without_maps(r"a='var t1=Object;\'x\'';b='c'") == "a='';b='c'"
     assert report_html.without_maps("a='other'") == "a='other'"
@@ -475,7 +507,8 @@ def test_the_tables_in_the_documentation_are_current() -> None:
     assert all(f"`{status}`" in text for status in STATUSES)
 
 
-def test_a_journal_that_is_damaged_before_its_end_is_named(tmp_path):
-    (tmp_path / "journal.log").write_text('{"op_code": 0, "worker_id"\n{"op_code": 0}\n{"op_code": 0}\n')
+@pytest.mark.parametrize("line", [b'{"op_code": 0, "worker_id"', b"\xff\xfe", b"[1]", b'{"op_code": 4}'])
+def test_a_journal_that_is_damaged_before_its_end_is_named(tmp_path, line):
+    (tmp_path / "journal.log").write_bytes(line + b'\n{"op_code": 0}\n{"op_code": 0}\n')
     with pytest.raises(ConfigError, match=r"journal\.log: 1 problem\n  is damaged: a line is not what was written"):
         report.load_study(tmp_path)

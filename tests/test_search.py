@@ -94,6 +94,31 @@ def test_every_end_of_a_trial_is_a_row_and_the_search_goes_on(
     assert [line.split()[0] for line in messages.splitlines()] == ["trial"] * 6
 
 
+def test_what_an_objective_says_that_is_no_number_does_not_end_the_search(search: Callable[..., SearchResult]) -> None:
+    result = search("junk", overrides={"trials": 2}, backend="local")
+    rows = table(result)
+    assert list(rows.status) == ["ok", "ok"]
+    assert list(rows.samples_per_second) == [5.5, 5.5]
+    assert list(rows.steps) == [7, 7]
+    assert list(rows.samples) == [0, 0]
+    assert rows[["val_loss", "train_loss", "val_accuracy"]].isna().all().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_figures", "TypeError: figures and progress are mappings of names to numbers, not NoneType"),
+        ("unspeakable", "UnspeakableError: UnspeakableError"),
+    ],
+)
+def test_an_objective_that_says_nothing_is_an_error_like_any_other(
+    search: Callable[..., SearchResult], name: str, reason: str
+) -> None:
+    rows = table(search(name, overrides={"trials": 1}, backend="local"))
+    assert list(rows.status) == ["error"]
+    assert list(rows.reason) == [reason]
+
+
 def test_a_study_is_never_written_over(search: Callable[..., SearchResult]) -> None:
     before = (search("ok", TEXT.replace("trials: 6", "trials: 1")).directory / "journal.log").read_bytes()
     with pytest.raises(ConfigError, match="add --resume to go on with it, or give another one with --name") as caught:

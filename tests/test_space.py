@@ -144,6 +144,11 @@ def test_what_means_something_else_is_refused_with_a_hint(problems: Any, text: s
     assert hint in found[0]
 
 
+def test_numbers_of_an_nni_range_that_mean_nothing_are_refused(problems: Any) -> None:
+    text = "search:\n  lr: {_type: uniform, _value: [0.1, 0.5, 0.2, 9]}\n"
+    assert problems(text) == ["line 2: search.lr._value: 4 numbers; a range has low, high and perhaps a step"]
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -247,6 +252,11 @@ def test_settings_that_go_together_somewhere_are_accepted(read: Any) -> None:
     read("search:\n  min_batch_size: {low: 128, high: 256}\n  max_batch_size: {low: 64, high: 512}\n")
 
 
+def test_settings_that_go_together_for_some_choices_in_the_middle_are_accepted(read: Any) -> None:
+    text = "search:\n  min_batch_size: {values: [64, 8, 32]}\n  max_batch_size: {values: [16, 128, 24]}\n"
+    assert set(read(text).search) == {"min_batch_size", "max_batch_size"}
+
+
 def test_a_file_without_a_searched_setting_is_refused(problems: Any) -> None:
     assert problems("trials: 3\n") == ["search: is empty; name at least one setting with its range or choices"]
 
@@ -278,6 +288,12 @@ def test_an_objective_without_a_figure_is_refused(problems: Any) -> None:
 
 def test_a_pruner_needs_one_objective_that_a_running_trial_reports(problems: Any) -> None:
     assert "pruner: needs one objective" in problems("objective: pareto\npruner: asha\n" + SEARCH)[0]
+
+
+def test_a_sampler_that_takes_one_objective_is_refused_for_several(problems: Any, read: Any) -> None:
+    text = "objective: pareto\nsampler: cma-es\n" + SEARCH
+    assert problems(text) == ["line 2: sampler: cmaes takes one objective; tpe and gp take several"]
+    assert read(text.replace("cma-es", "gp")).sampler == "gp"
 
 
 def test_a_constraint_measures_how_far_a_figure_is_on_the_wrong_side() -> None:
@@ -337,6 +353,42 @@ def test_a_section_of_the_wrong_kind_is_a_problem_and_not_a_traceback(problems: 
     assert problems(text, fixed={"epochs": "3"})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: " + 5000 * "[",
+        "name: 2024-13-45\n" + SEARCH,
+        "seed: 0x_\n" + SEARCH,
+        "seed: " + 5000 * "1" + "\n" + SEARCH,
+        "name: " + 300 * "a" + "\n" + SEARCH,
+        "fixed: [a]\nsearch: {lr: {value: 3}, weight_decay: {low: 0, high: 1}}\n",
+        "pruner: {type: [a], min_iter: 3}\n" + SEARCH,
+        "search: {lr: {low: 0.1, high: 0.9, step: 1.0e-320}}\n",
+        "search: {max_batch_size: {low: 64, high: 1" + 400 * "0" + "}}\n",
+        "requires: ['" + 5000 * "not " + "lr > 0']\n" + SEARCH,
+        "requires: ['" + 400 * "lr + " + "lr > 0']\n" + SEARCH,
+        "requires: ['lr * 1" + 400 * "0" + " < none']\n" + SEARCH + "  0x_: 3\n",
+    ],
+)
+def test_what_cannot_be_read_or_counted_is_a_problem_and_not_a_traceback(problems: Any, text: str) -> None:
+    assert problems(text)
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "0x_", 5000 * "["])
+def test_a_set_value_that_cannot_be_read_is_a_problem_and_not_a_traceback(problems: Any, text: str) -> None:
+    assert "is not valid YAML" in problems(SEARCH, fixed={"dataset": text})[0]
+
+
+def test_a_logarithmic_scale_of_choices_is_refused(problems: Any) -> None:
+    text = "search:\n  lr: {values: [0.1, 0.2], log: true}\n"
+    assert problems(text) == ["line 2: search.lr.log: does not go with values; keep one of them"]
+
+
+def test_a_preset_that_is_written_as_a_figure_is_refused_with_what_to_write(problems: Any) -> None:
+    (problem,) = problems("objective: {name: speed}\n" + SEARCH)
+    assert problem.endswith("write it by itself: speed")
+
+
 def test_a_key_of_ray_and_the_section_it_belongs_to_go_together_but_not_the_same_twice(
     read: Any, problems: Any
 ) -> None:
@@ -377,8 +429,15 @@ def test_every_trial_has_its_own_seed_that_the_trainer_accepts() -> None:
 
 def test_a_trial_trains_for_its_budget_and_the_best_settings_do_not_hold_it(read: Any) -> None:
     space = read("budget: {steps: 7, epochs: 2}\nfixed: {epochs: 50}\n" + SEARCH)
-    assert space.trial_limits() == {"max_steps": 7, "epochs": 2, "checkpoint_every": 0}
+    assert space.trial_limits({}) == {"max_steps": 7, "epochs": 2, "checkpoint_every": 0}
     assert space.settings({"lr": 0.01}) == {"epochs": 50, "lr": 0.01}
+
+
+def test_a_short_trial_is_short_also_where_settings_bound_it_and_keeps_what_is_searched(read: Any) -> None:
+    space = read("fixed: {max_steps: 100, max_seconds: 60}\nsearch: {epochs: {low: 2, high: 20}}\n")
+    short = {"max_steps": 25, "max_seconds": 15.0, "epochs": 4, "checkpoint_every": 0}
+    assert space.trial_limits({"epochs": 16}, 0.25) == short
+    assert space.trial_limits({"epochs": 16}) == {"checkpoint_every": 0}
 
 
 @pytest.mark.parametrize(

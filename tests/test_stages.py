@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from acmds_optimizer.config import TrainConfig
-from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.errors import ConfigError, OutOfMemoryForGoodError
 from acmds_tune.baselines import halving
 from acmds_tune.journal import JOURNAL
 from acmds_tune.objective import Ended
@@ -221,6 +221,30 @@ def test_the_default_settings_are_run_again_now_and_then_with_the_same_seed(run:
     assert (started[4].seed, started[4].values) == (started[0].seed, started[0].values)
 
 
+def test_later_stages_have_the_settings_of_the_first_trial_and_not_others_that_are_called_the_same(
+    run: Callable[..., Any],
+) -> None:
+    text = """
+trials: 2
+anchor_every: 1
+baselines: [default, halving]
+confirm: {top: 1, seeds: 1}
+fixed: {device: cpu}
+search:
+  optimizer: {values: [adamw, sgd]}
+  weight_decay: {low: 0.3, high: 0.5, when: {optimizer: sgd}}
+  effective_batch_size: {low: 65, high: 256}
+"""
+    study, _ = run(text, lambda _: Ended("ok", "finished", figures(), 1.0))
+    names = ["optimizer", "weight_decay"]
+    first, *others = [row for row in study.record().trials if row.label in ("default", "halving")]
+    assert first.config["weight_decay"] == 0.05, "its condition is not met"
+    assert {row.stage for row in others} == {"anchor", "baseline", "confirm"}
+    for row in others:
+        same = names if row.label == "halving" else [*names, "effective_batch_size"]
+        assert [row.config[name] for name in same] == [first.config[name] for name in same]
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "qmc"])
 def test_the_sampler_learns_only_from_what_it_proposed(run: Callable[..., Any], sampler: str) -> None:
     text = TEXT.replace("trials: 4", "trials: 8") + f"sampler: {sampler}\n"
@@ -400,6 +424,10 @@ def test_the_busy_share_counts_the_gaps_between_trials_but_not_the_time_without_
         ("0 < pid_ki <= pid_kp", {"pid_ki": 0.2, "pid_kp": 0.1}, False),
         ("effective_batch_size >= max_batch_size", {"effective_batch_size": None, "max_batch_size": 4}, True),
         ("-lr < 0 and max_batch_size % 8 == 0", {"lr": 1.0, "max_batch_size": 12}, False),
+        ("direction == none", {"direction": "none"}, True),
+        ("direction != none", {"direction": "none"}, False),
+        ("direction == none", {"direction": "easy"}, False),
+        ("'none' != freeze", {"freeze": None}, False),
     ],
 )
 def test_a_requirement_says_whether_settings_fulfil_it(text: str, settings: dict[str, Any], holds: bool) -> None:
@@ -601,6 +629,26 @@ def test_the_defaults_are_tried_while_the_plants_best_are_looked_for_also_after_
     study.close()
 
 
+def test_a_search_that_is_interrupted_does_not_wait_for_the_plants_best_and_looks_for_them_again(
+    tmp_path: Path, space: Callable[[str], Space]
+) -> None:
+    text = TEXT + "prescreen: {keep: 1, settings: 20000}\n"  # minutes
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    plant = study.propose()
+    study.trial_directory(plant.number).mkdir(parents=True)
+    (study.trial_directory(plant.number) / PLANT_FILE).write_text(json.dumps(asdict(PLANT)))
+    study.finish(plant.number, speed_of_lr(plant))
+    default = study.propose()
+    study.finish(default.number, speed_of_lr(default))
+    study.interrupt()
+    assert study._screening is not None
+    assert study._screening.result(timeout=30) == []
+    study.close()
+    study = SearchStudy.resume(tmp_path / "s", space(text))
+    assert study._screening is not None
+    study.close()
+
+
 def test_without_a_plant_the_search_goes_on(run: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     _, started = run(TEXT + "prescreen: {keep: 2}\n", speed_of_lr)
     assert [each.stage for each in started] == ["plant"] + ["search"] * 4
@@ -642,6 +690,19 @@ def test_halving_counts_the_attempts_that_failed(tmp_path: Path) -> None:
     assert (tmp_path / "steps.csv").read_text(encoding="utf-8").count("\n") == 7
 
 
+def test_halving_ends_where_one_sample_meets_an_error_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def attempt(settings: Mapping[str, Any], *_: Any) -> None:
+        tried.append(settings["max_batch_size"])
+        assert len(tried) < 10
+
+    monkeypatch.setattr("acmds_tune.baselines.until_error", attempt)
+    with pytest.raises(OutOfMemoryForGoodError, match="not even one of 1 sample"):
+        halving({"max_batch_size": 6}, tmp_path, lambda _: None, lambda: False)
+    assert tried == [6, 3, 1]
+
+
 def test_halving_loses_the_time_of_the_failed_attempts_and_not_the_start_of_the_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -676,6 +737,18 @@ def test_a_study_of_the_same_thing_is_known_and_its_best_are_tried_first(
     assert states == [TrialState.COMPLETE] * 8
     assert len(load_study(study.directory).trials) == 7
     assert (earlier.directory / JOURNAL).is_file()
+
+
+def test_a_sampler_that_knows_no_constraints_learns_the_worst_of_an_earlier_trial_that_broke_one(
+    run: Callable[..., Any], space: Callable[[str], Space], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "trials: 8\nfixed: {device: cpu}\nsearch:\n  max_batch_size: {values: [64, 128]}\n"
+    run(text, fits_64, name="earlier")
+    monkeypatch.setattr("acmds_tune.study.WITHOUT_CONSTRAINTS", ("random",))
+    study = SearchStudy.create(tmp_path / "s", space(text + "sampler: random\n"), text, {})
+    assert study.learn_from(tmp_path / "earlier") == 8
+    known = [each for each in study._study.trials if "earlier" in each.user_attrs]
+    assert {(each.params["max_batch_size"], each.value) for each in known} == {(64, 64.0), (128, 0.0)}
 
 
 def test_of_a_study_of_something_else_only_the_best_settings_are_taken(

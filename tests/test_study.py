@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from optuna.trial import TrialState
 
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.journal import StudyBusyError, mend
-from acmds_tune.objective import Ended, write_outcome
+from acmds_tune.objective import Ended, read_outcome, write_outcome
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
 from acmds_tune.stages import default_values
@@ -242,6 +244,16 @@ def test_after_a_kill_a_running_trial_is_crashed_and_replaced(create: Callable[.
     assert again.propose().values == lost.values
 
 
+def test_how_long_a_trial_ran_that_was_killed_with_the_search_is_not_known(create: Callable[..., SearchStudy]) -> None:
+    study = create()
+    study.propose()
+    again = resumed(study)
+    (row,) = again.record().trials
+    assert row.status == "crashed"
+    assert row.seconds is None
+    assert row.figures["seconds"] is None
+
+
 def test_after_a_kill_a_trial_that_had_written_its_outcome_is_not_lost(create: Callable[..., SearchStudy]) -> None:
     study = create()
     number = study.propose().number
@@ -260,6 +272,21 @@ def test_a_resumed_search_does_not_repeat_its_points(create: Callable[..., Searc
             study.finish(proposal.number, OK)
         study = resumed(study)
     assert len(set(values)) == len(values)
+
+
+def test_an_older_journal_that_is_put_back_does_not_take_the_outcome_of_another_trial(
+    create: Callable[..., SearchStudy],
+) -> None:
+    study = create()
+    before = (study.directory / "journal.log").read_bytes()
+    folder = study.trial_directory(study.propose().number)
+    write_outcome(folder, 0, 1, OK)
+    study.close()
+    (study.directory / "journal.log").write_bytes(before)
+    again = SearchStudy.resume(study.directory, study.space)
+    assert again.propose().number == 0
+    assert read_outcome(folder) is None
+    assert read_outcome(folder.with_name("0000.old1")) == OK, "nothing is written over"
 
 
 def test_a_half_written_last_line_of_the_journal_is_cut_off(create: Callable[..., SearchStudy]) -> None:
@@ -283,6 +310,32 @@ def test_a_journal_cut_anywhere_can_be_resumed(create: Callable[..., SearchStudy
     while again.missing:
         again.finish(again.propose().number, OK)
     assert sum(trial.state == TrialState.COMPLETE for trial in trials(study)) == 6
+
+
+@pytest.mark.parametrize("room", [30, 505, 893, 1475, 1669, 2057, 2445])
+def test_a_disk_that_is_full_for_a_moment_costs_no_trial_that_had_ended(
+    create: Callable[..., SearchStudy], room: int
+) -> None:
+    study = create()
+    for _ in range(2):
+        study.finish(study.propose().number, OK)
+    size = (study.directory / "journal.log").stat().st_size
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def go_on() -> None:
+        for _ in range(3):
+            study.finish(study.propose().number, OK)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            go_on()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    for running in list(study._running):  # as the search does at its end, when there may be room again
+        study.finish(running, Ended("stopped", "interrupted"), interrupted=True)
+    assert [row.status for row in resumed(study).record().trials][:2] == ["ok", "ok"]
 
 
 @pytest.mark.parametrize("lines", [None, 0, 1])

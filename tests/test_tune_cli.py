@@ -147,6 +147,16 @@ def test_best_prints_the_path_and_the_searched_settings_to_stdout(
     assert capsys.readouterr().out == f"{study / 'best.json'}\ntrial: 0\nlr: 0.001\n"
 
 
+@pytest.mark.parametrize("content", ['{"acmds_study": {', "[]", "{}"])
+def test_a_best_json_that_was_damaged_is_named_with_how_to_make_it_again(
+    study: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    main(["report", str(study)])
+    (study / "best.json").write_text(content, encoding="utf-8")
+    assert main(["best", str(study)]) == 2
+    assert f"acmds-tune report {study} writes it again" in capsys.readouterr().err
+
+
 def test_a_study_is_extended_by_more_trials_and_never_by_fewer(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
