@@ -363,6 +363,44 @@ def test_what_the_user_names_besides_is_put_back_though_a_step_writes_into_its_t
     assert int(seen.n_averaged) == 1
 
 
+def fails_once(step: Callable[[], Any]) -> Callable[[int], None]:
+    """An attempt that takes the step, and runs out of memory after it the first time."""
+    tries = iter([True])
+
+    def attempt(_: int) -> None:
+        step()
+        if next(tries, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return attempt
+
+
+def guarded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Guard:
+    config = CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1)
+    return Guard(model, optimizer, MemoryPressureController("cpu", config))
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_step_that_went_through_is_not_undone_by_the_next_ones_error(outside):
+    model = nn.Linear(4, 3)
+    guard = guarded(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def step(_: int) -> None:
+        model(torch.ones(2, 4)).sum().backward()
+        guard.optimizer_step()
+        raise KeyError("a mistake in what the loop reports")
+
+    if outside:
+        model(torch.ones(2, 4)).sum().backward()
+        guard.optimizer_step()
+    else:
+        with pytest.raises(KeyError):
+            guard.run(step, 8)
+    expected = model.weight.detach().clone()
+    guard.run(fails_once(lambda: None), 8)
+    assert torch.equal(model.weight, expected)
+
+
 @pytest.mark.parametrize(
     "error",
     [

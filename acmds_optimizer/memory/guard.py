@@ -281,6 +281,7 @@ class Guard:
     ) -> tuple[Result | None, str | None]:
         """Its value, or the message of the out-of-memory error that ended it."""
         self._keep_gradients = keep_gradients
+        self._undo_optimizer = None  # of a step that another error ended, or that was taken outside `run`
         try:
             if not keep_gradients:
                 self.zero_grad()
