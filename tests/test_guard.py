@@ -380,6 +380,14 @@ def guarded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Guard:
     return Guard(model, optimizer, MemoryPressureController("cpu", config))
 
 
+def test_a_buffer_that_is_an_expanded_number_does_not_end_the_recovery():
+    model = nn.Linear(4, 3)
+    model.register_buffer("scale", torch.tensor(2.0).expand(3))
+    model.register_buffer("seen", torch.zeros(()))
+    guarded(model, torch.optim.SGD(model.parameters(), lr=0.1)).run(fails_once(lambda: model.seen.add_(1)), 8)
+    assert int(model.seen) == 1
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_step_that_went_through_is_not_undone_by_the_next_ones_error(outside):
     model = nn.Linear(4, 3)

@@ -112,7 +112,7 @@ class _Shadow:
         known = self._tensors
         if len(tensors) != len(known) or any(a is not b for a, b in zip(tensors, known, strict=True)):
             kinds: dict[Any, list[torch.Tensor]] = {}
-            for tensor in tensors:
+            for tensor in filter(_can_be_written, tensors):
                 kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
             pairs = [(kind, [torch.empty_like(tensor) for tensor in kind]) for kind in kinds.values()]
             self._tensors, self._pairs = tensors, pairs
@@ -125,6 +125,13 @@ class _Shadow:
         with torch.no_grad():
             for originals, copies in self._pairs:
                 torch._foreach_copy_(originals, copies)
+
+
+def _can_be_written(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch writes into `tensor` in place; not where one element is shown as several (`expand`)."""
+    if tensor.layout is not torch.strided:
+        return True
+    return all(stride or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class Guard:
