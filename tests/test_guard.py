@@ -388,6 +388,24 @@ def test_a_buffer_that_is_an_expanded_number_does_not_end_the_recovery():
     assert int(model.seen) == 1
 
 
+class Counting(nn.Linear):
+    """Makes a buffer in its first forward."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if "seen" not in self._buffers:
+            self.register_buffer("seen", torch.zeros(()))
+        self.seen += len(inputs)
+        return super().forward(inputs)
+
+
+def test_a_buffer_that_the_failed_attempt_made_is_made_again():
+    model = Counting(4, 3)
+    guard = guarded(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for expected in (2, 4):
+        guard.run(fails_once(lambda: model(torch.ones(2, 4))), 8)
+        assert int(model.seen) == expected
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_step_that_went_through_is_not_undone_by_the_next_ones_error(outside):
     model = nn.Linear(4, 3)

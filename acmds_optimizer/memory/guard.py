@@ -175,7 +175,7 @@ class Guard:
         self._copy_on_host = False
         self._keep_gradients = False
         self._buffers, self._step_counts = _Shadow(), _Shadow()
-        self._holders = [module._buffers for module in model.modules() if module._buffers]
+        self._holders = [module._buffers for module in model.modules()]
         create_optimizer_state(optimizer)
         states = [list(state.values()) for state in optimizer.state.values()]
         controller.memory.track([list(model.parameters()), list(model.buffers()), states])
@@ -361,6 +361,7 @@ class Guard:
             self._undo_step()
             self.optimizer.zero_grad(set_to_none=True)
             for holder, buffers in zip(self._holders, held, strict=True):
+                holder.clear()  # of those that the failed attempt was the first to make, too
                 holder.update(buffers)
             self._buffers.restore()
             torch.set_rng_state(cpu_rng)
