@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.errors import OutOfMemoryForGoodError
@@ -17,6 +18,36 @@ from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_optimizer.memory.guard import Guard, create_optimizer_state, is_out_of_memory, shortage_bytes
 from acmds_optimizer.zoo.models import build_model
+
+class Tallying(torch.optim.Optimizer):
+    """Counts its steps in the groups, as schedule-free ones do, and has a list and a dict in its state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01, "steps": 0})
+        self.weight = 1.0
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        self.weight *= 0.9
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(norms=[], moments={"first": torch.zeros_like(p)})
+                state["norms"].append(float(p.grad.norm()))
+                state["moments"]["first"].mul_(0.9).add_(p.grad)
+                share = self.weight * group["lr"] / group["steps"] / len(state["norms"])
+                p.add_(state["moments"]["first"], alpha=-share)
+
+
+def sgd_whose_momentum_comes_later(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.01)
+    create_optimizer_state(optimizer)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    return optimizer
+
 
 OPTIMIZERS = {
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
@@ -29,6 +60,8 @@ OPTIMIZERS = {
     ),
     "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
     "rmsprop_new_state": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "sgd_momentum_later": sgd_whose_momentum_comes_later,
+    "tallying": Tallying,
 }
 
 
@@ -93,10 +126,8 @@ class Rig:
         tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                tensors += [
-                    value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                    for _, value in sorted(self.optimizer.state[parameter].items())
-                ]
+                values = [value for _, value in sorted(self.optimizer.state.get(parameter, {}).items())]
+                tensors += [torch.as_tensor(leaf) for leaf in tree_leaves(values)]
         if self.amp:
             tensors += [
                 torch.tensor(self.scaler.get_scale()),

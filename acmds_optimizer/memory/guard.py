@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from acmds_optimizer.config import GIB
 from acmds_optimizer.errors import OutOfMemoryForGoodError
@@ -412,25 +413,26 @@ class Guard:
         if self._keep_gradients and self.scaler is not None:  # it unscales them where they are
             kept += [(p.grad, self._copy(p.grad)) for p in parameters if p.grad is not None]
         fresh = [p for p in parameters if p not in self.optimizer.state]
-        scalars = []
-        for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    kept.append((value, self._copy(value)))
-                else:
-                    scalars.append((state, name, value))
-        attributes = set(vars(self.optimizer))
+        states: list[dict[Any, Any]] = [self.optimizer.state[p] for p in parameters if p in self.optimizer.state]
+        held = []
+        for holder in (*states, *self.optimizer.param_groups):  # some count their steps in the groups
+            values = {name: _unshared(value) for name, value in holder.items() if name != "params"}
+            tensors = [leaf for value in values.values() for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
+            kept += [(tensor, self._copy(tensor)) for tensor in tensors]
+            held.append((holder, values))
+        attributes = dict(vars(self.optimizer))
 
         def undo() -> None:
             # a scaler hands its scale to a fused optimizer in attributes, and a failed step leaves them there
-            for name in set(vars(self.optimizer)) - attributes:
-                delattr(self.optimizer, name)
+            vars(self.optimizer).clear()
+            vars(self.optimizer).update(attributes)
             with torch.no_grad():
                 for tensor, copy in kept:
                     tensor.copy_(copy)
-            for state, name, value in scalars:
-                state[name] = value
+            for holder, values in held:
+                for name in holder.keys() - values.keys() - {"params"}:
+                    del holder[name]
+                holder.update(values)
             for parameter in fresh:
                 self.optimizer.state.pop(parameter, None)
 
@@ -438,6 +440,15 @@ class Guard:
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=True) if self._copy_on_host else tensor.detach().clone()
+
+
+def _unshared(value: Any) -> Any:
+    """`value`, where it is a list or the like as another one with the same contents."""
+    return tree_map(lambda leaf: leaf, value) if isinstance(value, (list, tuple, dict)) else value
+
+
+def _leaves(value: Any) -> list[Any]:
+    return tree_leaves(value) if isinstance(value, (list, tuple, dict)) else [value]
 
 
 def _scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, Any] | None:
