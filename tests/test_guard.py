@@ -526,6 +526,35 @@ def test_creating_the_optimizer_state_ahead_changes_no_step(kind):
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 0.0), (torch.float16, 1e-8)])
+def test_creating_the_optimizer_state_ahead_leaves_the_weights_alone_where_eps_is_nothing(dtype, eps):
+    model = nn.Linear(4, 2, dtype=dtype)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), eps=eps)
+    create_optimizer_state(optimizer)
+    assert torch.equal(model.weight, before)
+    assert optimizer.param_groups[0]["eps"] == eps
+
+
+class CountingSGD(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return super().step(closure)
+
+
+def test_no_step_is_taken_ahead_that_a_hook_or_a_derived_class_would_count():
+    weights = [nn.Parameter(torch.zeros(2))]
+    derived, hooked = CountingSGD(weights, momentum=0.9), torch.optim.SGD(weights, momentum=0.9)
+    calls = []
+    hooked.register_step_post_hook(lambda *_: calls.append(1))
+    create_optimizer_state(derived)
+    create_optimizer_state(hooked)
+    assert derived.steps == 0
+    assert calls == []
+
+
 def test_memory_that_this_process_takes_itself_moves_the_predictions_and_is_used_again_when_it_is_free():
     torch.manual_seed(0)
     memory = BudgetedCpuMemory(12 * 2**20)

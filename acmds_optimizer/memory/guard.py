@@ -479,22 +479,28 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state of Adam, AdamW or SGD ahead, so that it is there before memory is learned.
 
     Takes one step with zero gradients, learning rate and weight decay, and sets the state to zero again, which is how
-    these three begin. Other optimizers, and one that has stepped, are left alone.
+    these three begin. Other optimizers, classes derived from these, and one that has stepped or has hooks, which
+    would take it for a step of the training, are left alone.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) or any(p in optimizer.state for p in parameters):
+    known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    if not known or any(p in optimizer.state for p in parameters):
+        return
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return
     if any(group.get("dampening") for group in optimizer.param_groups):
         return  # the first momentum buffer of SGD is the whole gradient, which one from zero would dampen
-    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     grads = [p.grad for p in parameters]
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = group["lr"] * 0.0, 0.0
+        if "eps" in group:
+            group["eps"] = 1.0  # nothing divided by nothing is no number: with 0, or what 1e-8 is in float16
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
-        group["lr"], group["weight_decay"] = lr, weight_decay
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
         for value in optimizer.state[parameter].values():
