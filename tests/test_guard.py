@@ -437,6 +437,18 @@ def test_a_buffer_that_the_failed_attempt_made_is_made_again():
         assert int(model.seen) == expected
 
 
+def test_an_error_without_words_is_recovered_from_too():
+    model = nn.Linear(4, 3)
+    errors = iter([torch.OutOfMemoryError()])
+
+    def attempt(_: int) -> None:
+        for error in errors:
+            raise error
+
+    result = guarded(model, torch.optim.SGD(model.parameters(), lr=0.1)).run(attempt, 8)
+    assert [event.message for event in result.events] == [""]
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_step_that_went_through_is_not_undone_by_the_next_ones_error(outside):
     model = nn.Linear(4, 3)

@@ -237,7 +237,7 @@ class Guard:
             peak = memory.read().peak_allocated_bytes
             memory.release_cache()
             budget, shortage = memory.read().budget_bytes, shortage_bytes(message)
-            said = message.splitlines()[0]
+            said = message.partition("\n")[0]
             events.append(OutOfMemoryEvent(len(events) + 1, size, size, shortage, budget, peak, said))
             if len(events) > 2:
                 raise OutOfMemoryForGoodError(self._advice(events[-1], "the optimizer's step does not fit"), events)
@@ -279,9 +279,10 @@ class Guard:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            said = str(error).partition("\n")[0]
             raise OutOfMemoryForGoodError(
                 "out of memory: not even copies of the BatchNorm statistics fit before a step. Free memory held by "
-                f"other processes, or try a larger --memory-limit-gb. The error was: {str(error).splitlines()[0]}"
+                f"other processes, or try a larger --memory-limit-gb. The error was: {said}"
             ) from None
 
     def _try(
@@ -335,7 +336,7 @@ class Guard:
             shortage_bytes=shortage,
             budget_bytes=self.controller.reading.budget_bytes,
             peak_bytes=peak,
-            message=message.splitlines()[0],
+            message=message.partition("\n")[0],
         )
 
     def _advice(self, event: OutOfMemoryEvent, what: str) -> str:
