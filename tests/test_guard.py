@@ -49,6 +49,24 @@ def sgd_whose_momentum_comes_later(parameters: list[nn.Parameter]) -> torch.opti
     return optimizer
 
 
+class Bounded(torch.optim.AdamW):
+    """A fused step, and then another change of the weights."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(0.9)
+        return loss
+
+
+def adamw_whose_hook_changes_weights(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
+    optimizer.register_step_post_hook(lambda *_: torch._foreach_mul_([p.data for p in parameters], 0.9))
+    return optimizer
+
+
 OPTIMIZERS = {
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
     "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
@@ -62,6 +80,8 @@ OPTIMIZERS = {
     "rmsprop_new_state": lambda p: torch.optim.RMSprop(p, lr=0.01),
     "sgd_momentum_later": sgd_whose_momentum_comes_later,
     "tallying": Tallying,
+    "adamw_derived_fused": lambda p: Bounded(p, lr=0.01, fused=True),
+    "adamw_hooked_fused": adamw_whose_hook_changes_weights,
 }
 
 

@@ -37,6 +37,7 @@ _MESSAGES = (
     "defaultcpuallocator: not enough memory",
     "cudaerrormemoryallocation",
 )
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -386,7 +387,8 @@ class Guard:
         That is a fused one, whose step is a kernel for each group, over parameters of one kind.
         """
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        if not all(group.get("fused") for group in groups) or self.scaler is not None:
+        alone = type(self.optimizer) in _FUSED and not _has_hooks(self.optimizer)  # else a step may be more than that
+        if not alone or not all(group.get("fused") for group in groups) or self.scaler is not None:
             return None
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         if len({(p.device, p.dtype) for p in parameters}) != 1 or any(p not in state for p in parameters):
@@ -476,6 +478,10 @@ def _restore_scaler(scaler: torch.amp.GradScaler | None, state: dict[str, Any] |
     scaler._per_optimizer_states.clear()  # which optimizers were unscaled in the failed attempt
 
 
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state of Adam, AdamW or SGD ahead, so that it is there before memory is learned.
 
@@ -487,7 +493,7 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
     if not known or any(p in optimizer.state for p in parameters):
         return
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if _has_hooks(optimizer):
         return
     if any(group.get("dampening") for group in optimizer.param_groups):
         return  # the first momentum buffer of SGD is the whole gradient, which one from zero would dampen
