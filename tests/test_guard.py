@@ -457,6 +457,19 @@ def test_a_buffer_that_the_failed_attempt_made_is_made_again():
         assert int(model.seen) == expected
 
 
+def test_a_rehearsal_that_ends_in_another_error_leaves_no_trace():
+    rig = Rig("sgd_momentum")
+    before = rig.state()
+
+    def mistaken(_: int) -> None:
+        rig.model(rig.inputs)
+        raise KeyError("a mistake in the loop")
+
+    with pytest.raises(KeyError):
+        rig.guard.rehearse(mistaken, 8)
+    assert all(torch.equal(a, b) for a, b in zip(rig.state(), before, strict=True))
+
+
 def test_an_error_without_words_is_recovered_from_too():
     model = nn.Linear(4, 3)
     errors = iter([torch.OutOfMemoryError()])

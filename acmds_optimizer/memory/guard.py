@@ -262,8 +262,10 @@ class Guard:
             OutOfMemoryForGoodError: as for `run`.
         """
         undo = self._start()
-        _, message = self._try(attempt, micro_batch)
-        undo()
+        try:
+            _, message = self._try(attempt, micro_batch)
+        finally:
+            undo()
         if message is None:
             return None
         event = self._shrink(message, micro_batch, failed + 1, sample_work)
