@@ -142,7 +142,8 @@ class Guard:
     The state of Adam, AdamW and SGD is created at once, so that the memory of the first step is that of all others.
 
     Args:
-        model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
+        model: buffers (BatchNorm statistics) of the modules it has now are restored; its parameters too where the
+            optimizer is not atomic.
         optimizer: of a fused one whose state exists, without a scaler, all parameter groups but the last are copied
             just before it steps, so the largest is best put last; others are copied whole, on the device, or on the
             host where the copy itself does not fit.
@@ -217,7 +218,7 @@ class Guard:
         For gradients that cannot be computed again at will, since other processes have a part in them.
 
         Args:
-            update: calls `optimizer_step`.
+            update: calls `optimizer_step`, and leaves the gradients alone before it, since it may be called again.
 
         Returns:
             The errors on the way.
