@@ -419,9 +419,10 @@ class Guard:
         if self._keep_gradients and self.scaler is not None:  # it unscales them where they are
             kept += [(p.grad, self._copy(p.grad)) for p in parameters if p.grad is not None]
         fresh = [p for p in parameters if p not in self.optimizer.state]
-        states: list[dict[Any, Any]] = [self.optimizer.state[p] for p in parameters if p in self.optimizer.state]
+        holders: list[dict[Any, Any]] = [self.optimizer.state[p] for p in parameters if p in self.optimizer.state]
+        holders += self.optimizer.param_groups  # where some count their steps
         held = []
-        for holder in (*states, *self.optimizer.param_groups):  # some count their steps in the groups
+        for holder in holders:
             values = {name: _unshared(value) for name, value in holder.items() if name != "params"}
             tensors = [leaf for value in values.values() for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
             kept += [(tensor, self._copy(tensor)) for tensor in tensors]

@@ -231,7 +231,7 @@ class TimeModel:
     needed: int = 3
 
     def observe(self, batch: int, seconds: float) -> TimeModel:
-        """The model after one more timing of a micro-batch of `batch` samples; a clock too coarse to tell does not count."""
+        """The model after one more timing of a micro-batch of `batch` samples; 0 s, by a coarse clock, are none."""
         if not 0.0 < seconds < math.inf:
             return self
         table = dict(self.timings)
