@@ -257,8 +257,10 @@ class Ranks:
                     buckets.append(_Bucket(scratch[:0]))
                 bucket = buckets[-1]
                 bucket.parameters.append(parameter)
-                # as the parameter lies, which is how its gradient lies: one kernel then copies them all
-                bucket.views.append(scratch.as_strided(parameter.shape, parameter.stride(), at))
+                # as the parameter lies, which is how its gradient lies: one kernel then copies them all. But without
+                # the gaps of one that is a slice, where the next would be
+                dense = torch.empty_like(parameter, device="meta")
+                bucket.views.append(scratch.as_strided(parameter.shape, dense.stride(), at))
                 at += parameter.numel()
                 bucket.flat = scratch[:at]
         return buckets
