@@ -161,7 +161,10 @@ class Sliced(nn.Linear):
 
 
 def sliced(rank: int) -> dict[str, Any]:
-    return fitted(layers=[Sliced()])
+    layer = Sliced()
+    with torch.no_grad():
+        layer.weight += rank  # until all begin with the first one's
+    return fitted(layers=[layer])
 
 
 def normalised(rank: int) -> dict[str, Any]:

@@ -220,7 +220,10 @@ class Ranks:
             self._scratch[dtype] = torch.zeros(room, dtype=dtype, device=parameters[0].device)
         with naming_failures(), torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, 0)
+                once = tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]  # if expanded
+                gapless = once.clone()  # of a slice only its first elements would come, and go into the gaps
+                dist.broadcast(gapless, 0)
+                once.copy_(gapless)
             for scratch in self._scratch.values():
                 dist.all_reduce(scratch)
         return list(self._scratch.values())
