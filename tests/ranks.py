@@ -152,6 +152,21 @@ def sometimes(rank: int) -> dict[str, Any]:
     return facts(trainer)
 
 
+class Sliced(nn.Linear):
+    """Its weight is a part of a larger one, as of a first layer that is cut to fewer channels."""
+
+    def __init__(self) -> None:
+        super().__init__(20, 20, bias=False, dtype=torch.float64)
+        self.weight = nn.Parameter((torch.eye(20, 60, dtype=torch.float64) + 0.1)[:, ::3])
+
+
+def sliced(rank: int) -> dict[str, Any]:
+    layer = Sliced()
+    with torch.no_grad():
+        layer.weight += rank  # until all begin with the first one's
+    return fitted(layers=[layer])
+
+
 def normalised(rank: int) -> dict[str, Any]:
     return fitted(layers=[nn.BatchNorm1d(20)], ema_decay=0.5)
 
@@ -212,7 +227,8 @@ def hopeless(rank: int) -> dict[str, Any]:
 
 
 SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
-    equal, struck, struck_optimizer, free, noisy, sometimes, normalised, own_start, cut_off, few, stopped, hopeless,
+    equal, struck, struck_optimizer, free, noisy, sometimes, sliced, normalised, own_start, cut_off, few, stopped,
+    hopeless,
 ]  # fmt: skip
 
 

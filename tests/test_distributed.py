@@ -207,6 +207,12 @@ def test_a_layer_that_only_one_process_used_is_updated_alike(two):
     assert torch.equal(two[0]["sometimes"]["weights"], two[1]["sometimes"]["weights"])
 
 
+def test_a_weight_that_is_a_slice_of_another_learns_what_it_does_alone(two):
+    expected = ranks.fitted(layers=[ranks.Sliced()])
+    for seen in two:
+        assert_equals(seen["sliced"], expected)
+
+
 def test_statistics_of_normalisations_are_shared(two):
     first, second = (seen["normalised"] for seen in two)
     assert torch.equal(first["weights"], second["weights"])

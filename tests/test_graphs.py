@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
 from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.graphs import _can_be_captured
 from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.engine.step import TrainStep
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
@@ -276,3 +277,18 @@ def test_a_size_that_needs_more_as_a_graph_than_eagerly_is_not_captured_again_an
             controller.observe(size, pool_bytes=0)
     assert captures <= 3
     assert size == (512 if budget_mb > 1090 + 1.4 * 4 * 512 else 256)
+
+
+class _Counting(torch.optim.SGD):
+    """What it does besides on the host, a replay would not."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("kind", "captured"), [(torch.optim.SGD, True), (torch.optim.AdamW, True), (_Counting, False)])
+def test_the_step_of_a_derived_optimizer_is_not_captured(kind, captured):
+    assert _can_be_captured(kind([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)) is captured

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.errors import OutOfMemoryForGoodError
@@ -17,6 +18,59 @@ from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_optimizer.memory.guard import Guard, create_optimizer_state, is_out_of_memory, shortage_bytes
 from acmds_optimizer.zoo.models import build_model
+
+
+class Tallying(torch.optim.Optimizer):
+    """Counts its steps in the groups, as schedule-free ones do, and has a list and a dict in its state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01, "steps": 0})
+        self.weight = 1.0
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        self.weight *= 0.9
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(norms=[], moments={"first": torch.zeros_like(p)})
+                state["norms"].append(float(p.grad.norm()))
+                state["moments"]["first"].mul_(0.9).add_(p.grad)
+                share = self.weight * group["lr"] / group["steps"] / len(state["norms"])
+                p.add_(state["moments"]["first"], alpha=-share)
+
+
+def sgd_whose_momentum_comes_later(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.01)
+    create_optimizer_state(optimizer)
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    return optimizer
+
+
+class Bounded(torch.optim.AdamW):
+    """A fused step, and then another change of the weights."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(0.9)
+        return loss
+
+
+def adamw_whose_hook_changes_weights(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+    def bound(*_: Any) -> None:
+        torch._foreach_mul_([p.data for p in parameters], 0.9)
+
+    optimizer.register_step_post_hook(bound)
+    return optimizer
+
 
 OPTIMIZERS = {
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
@@ -29,6 +83,10 @@ OPTIMIZERS = {
     ),
     "sgd_momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
     "rmsprop_new_state": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "sgd_momentum_later": sgd_whose_momentum_comes_later,
+    "tallying": Tallying,
+    "adamw_derived_fused": lambda p: Bounded(p, lr=0.01, fused=True),
+    "adamw_hooked_fused": adamw_whose_hook_changes_weights,
 }
 
 
@@ -93,10 +151,8 @@ class Rig:
         tensors = [*self.model.state_dict().values(), torch.get_rng_state()]
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                tensors += [
-                    value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                    for _, value in sorted(self.optimizer.state[parameter].items())
-                ]
+                values = [value for _, value in sorted(self.optimizer.state.get(parameter, {}).items())]
+                tensors += [torch.as_tensor(leaf) for leaf in tree_leaves(values)]
         if self.amp:
             tensors += [
                 torch.tensor(self.scaler.get_scale()),
@@ -363,6 +419,95 @@ def test_what_the_user_names_besides_is_put_back_though_a_step_writes_into_its_t
     assert int(seen.n_averaged) == 1
 
 
+def fails_once(step: Callable[[], Any]) -> Callable[[int], None]:
+    """An attempt that takes the step, and runs out of memory after it the first time."""
+    tries = iter([True])
+
+    def attempt(_: int) -> None:
+        step()
+        if next(tries, False):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return attempt
+
+
+def guarded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Guard:
+    config = CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1)
+    return Guard(model, optimizer, MemoryPressureController("cpu", config))
+
+
+def test_a_buffer_that_is_an_expanded_number_does_not_end_the_recovery():
+    model, seen = nn.Linear(4, 3), torch.zeros(())
+    model.register_buffer("scale", torch.tensor(2.0).expand(3))
+    model.register_buffer("seen", seen)
+    guarded(model, torch.optim.SGD(model.parameters(), lr=0.1)).run(fails_once(lambda: seen.add_(1)), 8)
+    assert int(seen) == 1
+
+
+class Counting(nn.Linear):
+    """Makes a buffer in its first forward."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if "seen" not in self._buffers:
+            self.register_buffer("seen", torch.zeros(()))
+        self.get_buffer("seen").add_(len(inputs))
+        return super().forward(inputs)
+
+
+def test_a_buffer_that_the_failed_attempt_made_is_made_again():
+    model = Counting(4, 3)
+    guard = guarded(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for expected in (2, 4):
+        guard.run(fails_once(lambda: model(torch.ones(2, 4))), 8)
+        assert int(model.get_buffer("seen")) == expected
+
+
+def test_a_rehearsal_that_ends_in_another_error_leaves_no_trace():
+    rig = Rig("sgd_momentum")
+    before = rig.state()
+
+    def mistaken(_: int) -> None:
+        rig.model(rig.inputs)
+        raise KeyError("a mistake in the loop")
+
+    with pytest.raises(KeyError):
+        rig.guard.rehearse(mistaken, 8)
+    assert all(torch.equal(a, b) for a, b in zip(rig.state(), before, strict=True))
+
+
+def test_an_error_without_words_is_recovered_from_too():
+    model = nn.Linear(4, 3)
+    errors = iter([torch.OutOfMemoryError()])
+
+    def attempt(_: int) -> None:
+        for error in errors:
+            raise error
+
+    result = guarded(model, torch.optim.SGD(model.parameters(), lr=0.1)).run(attempt, 8)
+    assert [event.message for event in result.events] == [""]
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_step_that_went_through_is_not_undone_by_the_next_ones_error(outside):
+    model = nn.Linear(4, 3)
+    guard = guarded(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def step(_: int) -> None:
+        model(torch.ones(2, 4)).sum().backward()
+        guard.optimizer_step()
+        raise KeyError("a mistake in what the loop reports")
+
+    if outside:
+        model(torch.ones(2, 4)).sum().backward()
+        guard.optimizer_step()
+    else:
+        with pytest.raises(KeyError):
+            guard.run(step, 8)
+    expected = model.weight.detach().clone()
+    guard.run(fails_once(lambda: None), 8)
+    assert torch.equal(model.weight, expected)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -429,6 +574,35 @@ def test_creating_the_optimizer_state_ahead_changes_no_step(kind):
         return [p.detach().clone() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 0.0), (torch.float16, 1e-8)])
+def test_creating_the_optimizer_state_ahead_leaves_the_weights_alone_where_eps_is_nothing(dtype, eps):
+    model = nn.Linear(4, 2, dtype=dtype)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), eps=eps)
+    create_optimizer_state(optimizer)
+    assert torch.equal(model.weight, before)
+    assert optimizer.param_groups[0]["eps"] == eps
+
+
+class CountingSGD(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return super().step(closure)
+
+
+def test_no_step_is_taken_ahead_that_a_hook_or_a_derived_class_would_count():
+    weights = [nn.Parameter(torch.zeros(2))]
+    derived, hooked = CountingSGD(weights, momentum=0.9), torch.optim.SGD(weights, momentum=0.9)
+    calls = []
+    hooked.register_step_post_hook(lambda *_: calls.append(1))
+    create_optimizer_state(derived)
+    create_optimizer_state(hooked)
+    assert derived.steps == 0
+    assert calls == []
 
 
 def test_memory_that_this_process_takes_itself_moves_the_predictions_and_is_used_again_when_it_is_free():

@@ -616,3 +616,17 @@ def test_the_next_size_is_not_tried_where_it_is_known_to_cost_the_headroom():
         )
         state = law.observe(state, seen, held)
     assert decision.batch == 256
+
+
+class _CostlyFirstStep(Plant):
+    """Its first step searches for kernels, which takes nearly all of the card."""
+
+    def peak(self, work: float, step: int, rng: random.Random | None = None) -> float:
+        return 23.0 * GIB if step == 0 else super().peak(work, step, rng)
+
+
+def test_a_costly_first_step_does_not_leave_the_smallest_size_for_good():
+    plant = _CostlyFirstStep("", floor_gb=11.0)  # from one size alone, twice as many samples may take 21
+    rows = simulate(Ours(limits(low=1)), plant, 100)
+    assert rows[-1].decided >= 0.8 * largest_fitting(Plant("", floor_gb=11.0), limits(low=1).buckets, 100)
+    assert errors(rows) == 0

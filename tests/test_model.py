@@ -270,3 +270,12 @@ def test_the_seconds_of_a_micro_batch_and_of_its_samples_lie_on_the_line_through
     bound = alone.observe(50, 0.1)
     assert bound.line(100) == pytest.approx((0.09, 0.0001)), "of launches alone: samples still count a tenth"
     assert all(math.isnan(value) for value in TimeModel().line(8))
+
+
+def test_a_clock_too_coarse_to_tell_a_step_does_not_count():
+    model = TimeModel()
+    for batch in (4, 8, 8, 8, 16):
+        for seconds in (0.01 * batch, 0.0, math.nan):
+            model = model.observe(batch, seconds if batch == 8 else 0.01 * batch)
+    assert model.medians() == {4: 0.04, 8: 0.08, 16: 0.16}
+    assert model.gain(8, [16]) == pytest.approx(0.0)

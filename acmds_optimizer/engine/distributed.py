@@ -220,7 +220,10 @@ class Ranks:
             self._scratch[dtype] = torch.zeros(room, dtype=dtype, device=parameters[0].device)
         with naming_failures(), torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, 0)
+                once = tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]  # if expanded
+                gapless = once.clone()  # of a slice only its first elements would come, and go into the gaps
+                dist.broadcast(gapless, 0)
+                once.copy_(gapless)
             for scratch in self._scratch.values():
                 dist.all_reduce(scratch)
         return list(self._scratch.values())
@@ -257,8 +260,10 @@ class Ranks:
                     buckets.append(_Bucket(scratch[:0]))
                 bucket = buckets[-1]
                 bucket.parameters.append(parameter)
-                # as the parameter lies, which is how its gradient lies: one kernel then copies them all
-                bucket.views.append(scratch.as_strided(parameter.shape, parameter.stride(), at))
+                # as the parameter lies, which is how its gradient lies: one kernel then copies them all. But without
+                # the gaps of one that is a slice, where the next would be
+                dense = torch.empty_like(parameter, device="meta")
+                bucket.views.append(scratch.as_strided(parameter.shape, dense.stride(), at))
                 at += parameter.numel()
                 bucket.flat = scratch[:at]
         return buckets

@@ -94,7 +94,7 @@ def evaluate(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).splitlines()[0]
+            message = str(error).partition("\n")[0]
         if batch == 1:
             raise OutOfMemoryForGoodError(f"out of memory: not one sample can be validated. {message}")
         batch = max(1, batch // 2)

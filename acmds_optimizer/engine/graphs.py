@@ -399,10 +399,13 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
 
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is fused, so that its step is a few kernels without a look at the host, and nobody listens to it."""
+    """Whether it is fused, so that its step is a few kernels without a look at the host, and nobody listens to it.
+
+    A class derived from these may do more on the host, which no replay would.
+    """
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    kinds = (torch.optim.Adam, torch.optim.SGD)
-    return isinstance(optimizer, kinds) and not hooks and all(group.get("fused") for group in optimizer.param_groups)
+    kinds = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    return type(optimizer) in kinds and not hooks and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[Any]:

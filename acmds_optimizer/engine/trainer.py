@@ -398,7 +398,7 @@ class ACMDSTrainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                message = str(error).splitlines()[0]
+                message = str(error).partition("\n")[0]
             if not last_try:
                 stream.read_less_ahead()
                 if self.train_step.graphs is not None:

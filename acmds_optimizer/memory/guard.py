@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from acmds_optimizer.config import GIB
 from acmds_optimizer.errors import OutOfMemoryForGoodError
@@ -36,6 +37,7 @@ _MESSAGES = (
     "defaultcpuallocator: not enough memory",
     "cudaerrormemoryallocation",
 )
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -112,7 +114,7 @@ class _Shadow:
         known = self._tensors
         if len(tensors) != len(known) or any(a is not b for a, b in zip(tensors, known, strict=True)):
             kinds: dict[Any, list[torch.Tensor]] = {}
-            for tensor in tensors:
+            for tensor in filter(_can_be_written, tensors):
                 kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
             pairs = [(kind, [torch.empty_like(tensor) for tensor in kind]) for kind in kinds.values()]
             self._tensors, self._pairs = tensors, pairs
@@ -127,13 +129,21 @@ class _Shadow:
                 torch._foreach_copy_(originals, copies)
 
 
+def _can_be_written(tensor: torch.Tensor) -> bool:
+    """Whether PyTorch writes into `tensor` in place; not where one element is shown as several (`expand`)."""
+    if tensor.layout is not torch.strided:
+        return True
+    return all(stride or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 class Guard:
     """Runs optimizer steps so that an out-of-memory error leaves no trace but a smaller micro-batch.
 
     The state of Adam, AdamW and SGD is created at once, so that the memory of the first step is that of all others.
 
     Args:
-        model: its buffers (BatchNorm statistics) are restored; its parameters too where the optimizer is not atomic.
+        model: buffers (BatchNorm statistics) of the modules it has now are restored; its parameters too where the
+            optimizer is not atomic.
         optimizer: of a fused one whose state exists, without a scaler, all parameter groups but the last are copied
             just before it steps, so the largest is best put last; others are copied whole, on the device, or on the
             host where the copy itself does not fit.
@@ -168,7 +178,7 @@ class Guard:
         self._copy_on_host = False
         self._keep_gradients = False
         self._buffers, self._step_counts = _Shadow(), _Shadow()
-        self._holders = [module._buffers for module in model.modules() if module._buffers]
+        self._holders = [module._buffers for module in model.modules()]
         create_optimizer_state(optimizer)
         states = [list(state.values()) for state in optimizer.state.values()]
         controller.memory.track([list(model.parameters()), list(model.buffers()), states])
@@ -208,7 +218,7 @@ class Guard:
         For gradients that cannot be computed again at will, since other processes have a part in them.
 
         Args:
-            update: calls `optimizer_step`.
+            update: calls `optimizer_step`, and leaves the gradients alone before it, since it may be called again.
 
         Returns:
             The errors on the way.
@@ -229,7 +239,7 @@ class Guard:
             peak = memory.read().peak_allocated_bytes
             memory.release_cache()
             budget, shortage = memory.read().budget_bytes, shortage_bytes(message)
-            said = message.splitlines()[0]
+            said = message.partition("\n")[0]
             events.append(OutOfMemoryEvent(len(events) + 1, size, size, shortage, budget, peak, said))
             if len(events) > 2:
                 raise OutOfMemoryForGoodError(self._advice(events[-1], "the optimizer's step does not fit"), events)
@@ -253,8 +263,10 @@ class Guard:
             OutOfMemoryForGoodError: as for `run`.
         """
         undo = self._start()
-        _, message = self._try(attempt, micro_batch)
-        undo()
+        try:
+            _, message = self._try(attempt, micro_batch)
+        finally:
+            undo()
         if message is None:
             return None
         event = self._shrink(message, micro_batch, failed + 1, sample_work)
@@ -271,9 +283,10 @@ class Guard:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            said = str(error).partition("\n")[0]
             raise OutOfMemoryForGoodError(
                 "out of memory: not even copies of the BatchNorm statistics fit before a step. Free memory held by "
-                f"other processes, or try a larger --memory-limit-gb. The error was: {str(error).splitlines()[0]}"
+                f"other processes, or try a larger --memory-limit-gb. The error was: {said}"
             ) from None
 
     def _try(
@@ -281,6 +294,7 @@ class Guard:
     ) -> tuple[Result | None, str | None]:
         """Its value, or the message of the out-of-memory error that ended it."""
         self._keep_gradients = keep_gradients
+        self._undo_optimizer = None  # of a step that another error ended, or that was taken outside `run`
         try:
             if not keep_gradients:
                 self.zero_grad()
@@ -326,7 +340,7 @@ class Guard:
             shortage_bytes=shortage,
             budget_bytes=self.controller.reading.budget_bytes,
             peak_bytes=peak,
-            message=message.splitlines()[0],
+            message=message.partition("\n")[0],
         )
 
     def _advice(self, event: OutOfMemoryEvent, what: str) -> str:
@@ -353,6 +367,7 @@ class Guard:
             self._undo_step()
             self.optimizer.zero_grad(set_to_none=True)
             for holder, buffers in zip(self._holders, held, strict=True):
+                holder.clear()  # of those that the failed attempt was the first to make, too
                 holder.update(buffers)
             self._buffers.restore()
             torch.set_rng_state(cpu_rng)
@@ -375,7 +390,8 @@ class Guard:
         That is a fused one, whose step is a kernel for each group, over parameters of one kind.
         """
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        if not all(group.get("fused") for group in groups) or self.scaler is not None:
+        alone = type(self.optimizer) in _FUSED and not _has_hooks(self.optimizer)  # else a step may be more than that
+        if not alone or not all(group.get("fused") for group in groups) or self.scaler is not None:
             return None
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         if len({(p.device, p.dtype) for p in parameters}) != 1 or any(p not in state for p in parameters):
@@ -403,25 +419,27 @@ class Guard:
         if self._keep_gradients and self.scaler is not None:  # it unscales them where they are
             kept += [(p.grad, self._copy(p.grad)) for p in parameters if p.grad is not None]
         fresh = [p for p in parameters if p not in self.optimizer.state]
-        scalars = []
-        for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
-            for name, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    kept.append((value, self._copy(value)))
-                else:
-                    scalars.append((state, name, value))
-        attributes = set(vars(self.optimizer))
+        holders: list[dict[Any, Any]] = [self.optimizer.state[p] for p in parameters if p in self.optimizer.state]
+        holders += self.optimizer.param_groups  # where some count their steps
+        held = []
+        for holder in holders:
+            values = {name: _unshared(value) for name, value in holder.items() if name != "params"}
+            tensors = [leaf for value in values.values() for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
+            kept += [(tensor, self._copy(tensor)) for tensor in tensors]
+            held.append((holder, values))
+        attributes = dict(vars(self.optimizer))
 
         def undo() -> None:
             # a scaler hands its scale to a fused optimizer in attributes, and a failed step leaves them there
-            for name in set(vars(self.optimizer)) - attributes:
-                delattr(self.optimizer, name)
+            vars(self.optimizer).clear()
+            vars(self.optimizer).update(attributes)
             with torch.no_grad():
                 for tensor, copy in kept:
                     tensor.copy_(copy)
-            for state, name, value in scalars:
-                state[name] = value
+            for holder, values in held:
+                for name in holder.keys() - values.keys() - {"params"}:
+                    del holder[name]
+                holder.update(values)
             for parameter in fresh:
                 self.optimizer.state.pop(parameter, None)
 
@@ -429,6 +447,15 @@ class Guard:
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=True) if self._copy_on_host else tensor.detach().clone()
+
+
+def _unshared(value: Any) -> Any:
+    """`value`, where it is a list or the like as another one with the same contents."""
+    return tree_map(lambda leaf: leaf, value) if isinstance(value, (list, tuple, dict)) else value
+
+
+def _leaves(value: Any) -> list[Any]:
+    return tree_leaves(value) if isinstance(value, (list, tuple, dict)) else [value]
 
 
 def _scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, Any] | None:
@@ -455,26 +482,36 @@ def _restore_scaler(scaler: torch.amp.GradScaler | None, state: dict[str, Any] |
     scaler._per_optimizer_states.clear()  # which optimizers were unscaled in the failed attempt
 
 
+def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state of Adam, AdamW or SGD ahead, so that it is there before memory is learned.
 
     Takes one step with zero gradients, learning rate and weight decay, and sets the state to zero again, which is how
-    these three begin. Other optimizers, and one that has stepped, are left alone.
+    these three begin. Other optimizers, classes derived from these, and one that has stepped or has hooks, which
+    would take it for a step of the training, are left alone.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) or any(p in optimizer.state for p in parameters):
+    known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    if not known or any(p in optimizer.state for p in parameters):
+        return
+    if _has_hooks(optimizer):
         return
     if any(group.get("dampening") for group in optimizer.param_groups):
         return  # the first momentum buffer of SGD is the whole gradient, which one from zero would dampen
-    settings = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     grads = [p.grad for p in parameters]
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = group["lr"] * 0.0, 0.0
+        if "eps" in group:
+            group["eps"] = 1.0  # nothing divided by nothing is no number: with 0, or what 1e-8 is in float16
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for group, (lr, weight_decay) in zip(optimizer.param_groups, settings, strict=True):
-        group["lr"], group["weight_decay"] = lr, weight_decay
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
         for value in optimizer.state[parameter].values():

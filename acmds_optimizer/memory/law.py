@@ -328,7 +328,7 @@ def decide(
     if bearable < state.work:  # shrink at once; what is left of the work may be used at any size
         changed.update(work=min(capacity, ceiling), calm_steps=0, disturbed=True)
     fitting = [size for size in usual if size * sample_work <= bearable]
-    if not state.disturbed and state.held_steps < _PROBE_STEPS and len(fitting) < len(usual):
+    if len(fitting) < len(usual):
         probe = usual[len(fitting)]
         if probe * sample_work < ceiling and _worth_a_probe(state, limits, budget_bytes, probe * sample_work):
             fitting.append(probe)
@@ -364,11 +364,15 @@ def _worth_a_probe(state: State, limits: Limits, budget_bytes: float, work: floa
 
     The first steps may all lie on a hinge's floor, of which the model must fear that it rises with the work. A probe
     may cost headroom, once, but not the budget; with one size known it may, since nothing else can be learned there.
+    Once memory has cut the work, only where all sizes but one are forgotten: nothing else would ever be tried again.
     """
     peaks = state.peaks
     if work <= peaks.largest_work or peaks.least(work) > _target(budget_bytes, limits) * (1.0 + state.trim):
         return False
-    return peaks.sizes < 2 or peaks.predict(work) * (1.0 + peaks.margin_fraction) <= budget_bytes
+    within = peaks.predict(work) * (1.0 + peaks.margin_fraction) <= budget_bytes
+    if state.disturbed:
+        return within and peaks.sizes < 2 and state.calm_steps >= _PROBE_STEPS
+    return state.held_steps < _PROBE_STEPS and (within or peaks.sizes < 2)
 
 
 def _growth(

@@ -231,7 +231,9 @@ class TimeModel:
     needed: int = 3
 
     def observe(self, batch: int, seconds: float) -> TimeModel:
-        """The model after one more timing of a micro-batch of `batch` samples."""
+        """The model after one more timing of a micro-batch of `batch` samples; 0 s, by a coarse clock, are none."""
+        if not 0.0 < seconds < math.inf:
+            return self
         table = dict(self.timings)
         table[batch] = (*table.get(batch, ())[-8:], seconds)
         return replace(self, timings=tuple(sorted(table.items())))
