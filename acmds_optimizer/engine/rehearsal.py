@@ -14,6 +14,8 @@ from acmds_optimizer.memory.guard import OutOfMemoryEvent, is_out_of_memory
 
 _REHEARSALS = 12
 _LAST_LEAP = 4
+_TIGHT = 1.05
+"""Reserved by allocated, up to which blocks are kept: what is left of a search for kernels would count in each step."""
 
 
 def rehearse(
@@ -72,7 +74,9 @@ def rehearse(
         if leap:
             break
     guard.optimizer.zero_grad(set_to_none=True)
-    if controller.decide(sample_work).batch != last:  # else the blocks are those that the first step needs
+    reading = controller.reading
+    loose = reading.peak_reserved_bytes > _TIGHT * reading.peak_allocated_bytes
+    if loose or controller.decide(sample_work).batch != last:  # else the blocks are those that the first step needs
         controller.release_cache(collect=False)
 
 
