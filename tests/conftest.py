@@ -1,7 +1,8 @@
-"""What all tests share: the `gpu` marker, and one thread a process: the tensors are tiny; no log of another test."""
+"""What all tests share: the `gpu` marker, one thread a process, no log of another test, little garbage to scan."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage() -> None:
+    """Each out-of-memory error collects garbage: half a second among all that the tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
