@@ -26,10 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_is_imported_is_no_garbage() -> None:
+def _what_is_imported_is_no_garbage() -> Iterator[None]:
     """Each out-of-memory error collects garbage: half a second among all that the tests have imported."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()  # else what is frozen at the end of the process is reported as leaked
 
 
 @pytest.fixture(autouse=True)
