@@ -67,3 +67,8 @@ class DivergedError(ACMDSError):
 
 class RankFailedError(ACMDSError):
     """Another of the processes that train together gave up, or is gone."""
+
+
+def first_line(said: object) -> str:
+    """The first line of an error, or of its message; PyTorch's go on for many. Empty where it says nothing."""
+    return str(said).partition("\n")[0]

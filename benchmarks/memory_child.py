@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from acmds_optimizer.engine.run import environment
+from acmds_optimizer.errors import first_line
 from acmds_optimizer.memory.device import prefer_expandable_segments
 from acmds_optimizer.memory.guard import is_out_of_memory
 from benchmarks import memory_systems as systems
@@ -64,7 +65,7 @@ def run(
         meter.escaped = str(error)
         del error
     plant.model.zero_grad(set_to_none=True)
-    status, reason = ("out_of_memory", meter.escaped.splitlines()[0]) if meter.escaped else ("ok", "")
+    status, reason = ("out_of_memory", first_line(meter.escaped)) if meter.escaped else ("ok", "")
     connection.send(({**meter.row(), "status": status, "reason": reason}, meter.timeline()))
 
 
@@ -84,8 +85,7 @@ def probe(connection: Connection, setting: Setting, sides: list[int], timed_seco
 def _send_error(connection: Connection) -> None:
     kind, error, _ = sys.exc_info()
     traceback.print_exc()
-    first = (str(error).splitlines() or [""])[0]
-    connection.send(({"status": "error", "reason": f"{kind.__name__ if kind else ''}: {first}"}, []))
+    connection.send(({"status": "error", "reason": f"{kind.__name__ if kind else ''}: {first_line(error)}"}, []))
 
 
 def _prepare(setting: Setting) -> None:

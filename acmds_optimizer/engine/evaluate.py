@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from acmds_optimizer.engine.batches import DataSource
 from acmds_optimizer.engine.distributed import Ranks, naming_failures
-from acmds_optimizer.errors import OutOfMemoryForGoodError
+from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.guard import is_out_of_memory
 
@@ -94,7 +94,7 @@ def evaluate(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            message = str(error).partition("\n")[0]
+            message = first_line(error)
         if batch == 1:
             raise OutOfMemoryForGoodError(f"out of memory: not one sample can be validated. {message}")
         batch = max(1, batch // 2)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.batches import Batch
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.errors import first_line
+from acmds_optimizer.memory.guard import is_out_of_memory, steps_alone
 from acmds_optimizer.memory.law import Decision
 
 if TYPE_CHECKING:
@@ -376,7 +377,7 @@ class GraphedMicroBatches:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             return graph, result
         if what == "model":
@@ -399,13 +400,8 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
 
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is fused, so that its step is a few kernels without a look at the host, and nobody listens to it.
-
-    A class derived from these may do more on the host, which no replay would.
-    """
-    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    kinds = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-    return type(optimizer) in kinds and not hooks and all(group.get("fused") for group in optimizer.param_groups)
+    """Whether it is fused, so that its step is a few kernels without a look at the host, and nothing beside them."""
+    return steps_alone(optimizer) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.prepare import amp_dtype
+from acmds_optimizer.errors import first_line
 from acmds_optimizer.files import write_json
 from acmds_optimizer.memory.guard import is_out_of_memory
 
@@ -66,7 +67,7 @@ def choose(
         try:
             seconds |= {_name(*choice): _measure(model, *choice, batch, shape, device) for choice in missing}
         except Exception as error:  # noqa: BLE001  # a model that cannot be copied or captured is trained all the same
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error) or type(error).__name__
             log = logger.debug if is_out_of_memory(error) else logger.info
             log("precision and layout: not probed (%s)", reason)
             return usual, layout

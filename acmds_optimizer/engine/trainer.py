@@ -37,7 +37,7 @@ from acmds_optimizer.engine.scores import PendingScores
 from acmds_optimizer.engine.step import StepClock, TrainStep, parts
 from acmds_optimizer.engine.team import Team
 from acmds_optimizer.engine.telemetry import Progress, Recorder, memory_columns
-from acmds_optimizer.errors import OutOfMemoryForGoodError
+from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice, MemoryReading
 from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
@@ -398,7 +398,7 @@ class ACMDSTrainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                message = str(error).partition("\n")[0]
+                message = first_line(error)
             if not last_try:
                 stream.read_less_ahead()
                 if self.train_step.graphs is not None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from acmds_optimizer.config import GIB
-from acmds_optimizer.errors import OutOfMemoryForGoodError
+from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
 
 Result = TypeVar("Result")
@@ -37,7 +37,6 @@ _MESSAGES = (
     "defaultcpuallocator: not enough memory",
     "cudaerrormemoryallocation",
 )
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -239,7 +238,7 @@ class Guard:
             peak = memory.read().peak_allocated_bytes
             memory.release_cache()
             budget, shortage = memory.read().budget_bytes, shortage_bytes(message)
-            said = message.partition("\n")[0]
+            said = first_line(message)
             events.append(OutOfMemoryEvent(len(events) + 1, size, size, shortage, budget, peak, said))
             if len(events) > 2:
                 raise OutOfMemoryForGoodError(self._advice(events[-1], "the optimizer's step does not fit"), events)
@@ -283,10 +282,9 @@ class Guard:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            said = str(error).partition("\n")[0]
             raise OutOfMemoryForGoodError(
                 "out of memory: not even copies of the BatchNorm statistics fit before a step. Free memory held by "
-                f"other processes, or try a larger --memory-limit-gb. The error was: {said}"
+                f"other processes, or try a larger --memory-limit-gb. The error was: {first_line(error)}"
             ) from None
 
     def _try(
@@ -340,7 +338,7 @@ class Guard:
             shortage_bytes=shortage,
             budget_bytes=self.controller.reading.budget_bytes,
             peak_bytes=peak,
-            message=message.partition("\n")[0],
+            message=first_line(message),
         )
 
     def _advice(self, event: OutOfMemoryEvent, what: str) -> str:
@@ -390,7 +388,7 @@ class Guard:
         That is a fused one, whose step is a kernel for each group, over parameters of one kind.
         """
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        alone = type(self.optimizer) in _FUSED and not _has_hooks(self.optimizer)  # else a step may be more than that
+        alone = steps_alone(self.optimizer, torch.optim.Adagrad)
         if not alone or not all(group.get("fused") for group in groups) or self.scaler is not None:
             return None
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
@@ -482,8 +480,12 @@ def _restore_scaler(scaler: torch.amp.GradScaler | None, state: dict[str, Any] |
     scaler._per_optimizer_states.clear()  # which optimizers were unscaled in the failed attempt
 
 
-def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+def steps_alone(optimizer: torch.optim.Optimizer, *others: type[torch.optim.Optimizer]) -> bool:
+    """Whether it is Adam, AdamW, SGD or one of `others` itself, and has no hooks: these, and derived classes, do more
+    in a step than is known of it.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, *others) and not hooks
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -494,10 +496,7 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     would take it for a step of the training, are left alone.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    known = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-    if not known or any(p in optimizer.state for p in parameters):
-        return
-    if _has_hooks(optimizer):
+    if not steps_alone(optimizer) or any(p in optimizer.state for p in parameters):
         return
     if any(group.get("dampening") for group in optimizer.param_groups):
         return  # the first momentum buffer of SGD is the whole gradient, which one from zero would dampen

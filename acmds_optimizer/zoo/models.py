@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from acmds_optimizer.errors import DataError
+from acmds_optimizer.errors import DataError, first_line
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
 from acmds_optimizer.zoo.imports import load_callable
 
@@ -242,7 +242,7 @@ def _check_size(name: str, model: nn.Module, in_channels: int, image_size: int |
 
 
 def _wrong_size(name: str, image_size: int | None, error: Exception) -> DataError:
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = first_line(str(error).strip()) or type(error).__name__
     return DataError(f"{name} cannot take images of {image_size or 224} px ({said}). Give another image_size or model")
 
 
