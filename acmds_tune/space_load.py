@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -39,7 +40,6 @@ from acmds_tune.space_yaml import Source, read
 
 MOST = 2**53
 """Above it not every whole number is a float, and the sampler thinks in floats."""
-
 
 CORNERS = 200
 """Random configurations that are looked at beside the corners, since choices may stand in any order."""
@@ -416,7 +416,7 @@ def _check_corners(space: Space, source: Source) -> None:
     mixed = {name: highs[name] if name.startswith("max_") else lows[name] for name in lows}
     problems: list[str] = []
     rng = random.Random(0)
-    for corner in (mixed, lows, highs, *(draw(space.search, rng) for _ in range(CORNERS))):
+    for corner in chain((mixed, lows, highs), (draw(space.search, rng) for _ in range(CORNERS))):
         try:
             build(TrainConfig, {**space.settings(corner), **space.trial_limits(corner)}, source.name)
             return

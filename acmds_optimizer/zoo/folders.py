@@ -143,8 +143,10 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
         raise DataError(f"{folder}: {holds}. {LAYOUT}")
     names: list[bytes] = []
     counts: dict[str, int] = {}
+    whole = folder.resolve()
+    above = {_identity(parent) for parent in (whole, *whole.parents)}
     for name in found:
-        files = _images_below(folder, name)
+        files = _images_below(folder, name, above)
         counts[name] = len(files)
         names.extend(files)
     if classes is not None and (lacking := [name for name in found if counts[name] and name not in classes]):
@@ -160,15 +162,11 @@ def scan_classes(folder: Path, classes: list[str] | None = None) -> ImageFiles:
     return ImageFiles(folder, np.array(names, dtype=np.bytes_), targets, classes)
 
 
-def _images_below(folder: Path, name: str) -> list[bytes]:
-    """Names, relative to `folder`, of the images below its folder `name`: of each folder its own first, sorted."""
-    above = {_identity(parent) for parent in (folder.resolve(), *folder.resolve().parents)}
-    return _images_in(folder, name, above)
+def _images_below(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[bytes]:
+    """Names, relative to `folder`, of the images below its folder `inside`: of each folder its own first, sorted.
 
-
-def _images_in(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[bytes]:
-    """As `_images_below`. Left out are links to one of the folders `above`, which lead round in circles, and what is
-    hidden: copies of a notebook, thumbnails, a Mac's `._` beside each file.
+    Left out are links to one of the folders `above`, which lead round in circles, and what is hidden: copies of a
+    notebook, thumbnails, a Mac's `._` beside each file.
     """
     here = _identity(folder / inside)
     if here in above:
@@ -179,7 +177,7 @@ def _images_in(folder: Path, inside: str, above: set[tuple[int, int]]) -> list[b
     names = [entry.name for entry in entries if not entry.is_dir() and entry.name.lower().endswith(EXTENSIONS)]
     files = [os.fsencode(f"{inside}/{name}") for name in names]
     for name in below:
-        files += _images_in(folder, f"{inside}/{name}", above | {here})
+        files += _images_below(folder, f"{inside}/{name}", above | {here})
     return files
 
 
