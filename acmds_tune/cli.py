@@ -17,7 +17,7 @@ from acmds_optimizer.config import nearest
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.journal import is_unbegun, make_room
 from acmds_tune.space import Space
-from acmds_tune.space_load import load
+from acmds_tune.space_load import load, load_again
 
 if TYPE_CHECKING:
     from acmds_tune.search import SearchResult
@@ -240,10 +240,9 @@ def _go_on(arguments: argparse.Namespace, trials: Callable[[int], int]) -> int:
     from acmds_tune.storage import read_about  # imports Optuna
 
     about = read_about(arguments.directory)
-    overrides = {"name": about["name"], "trials": trials(about["space"]["trials"])}
-    file = arguments.directory / "study.yaml"
-    space = load(file, overrides=overrides, fixed=about["set"], resumed=True)
-    return _run(arguments, space, arguments.directory, file.read_text(encoding="utf-8"), about["set"], resume=True)
+    space = load_again(arguments.directory, about, trials(about["space"]["trials"]))
+    text = (arguments.directory / "study.yaml").read_text(encoding="utf-8")
+    return _run(arguments, space, arguments.directory, text, about["set"], resume=True)
 
 
 def _run(

@@ -65,10 +65,11 @@ def _print_trials(study: StudyRecord) -> None:
 
 def status(directory: Path) -> int:
     """Print how far a study is, whether a search is running, and what the best is so far."""
-    from acmds_tune.report import load_study
-    from acmds_tune.storage import read_about
+    from acmds_tune.report import record
+    from acmds_tune.storage import about_of, open_study
 
-    study, about = load_study(directory), read_about(directory)
+    opened = open_study(directory)
+    study, about = record(opened, directory), about_of(opened, directory)
     running = is_held(directory)
     print(f"{study.name}: {'a search is running' if running else 'no search is running'}")
     stages = Counter(row.stage for row in study.trials if row.status != "running" and not row.interrupted)
@@ -139,14 +140,12 @@ def compare(one: Path, other: Path) -> int:
 
 def import_study(directory: Path, source: Path) -> int:
     """Make the trials of another study known to this one."""
-    from acmds_tune.space_load import load
+    from acmds_tune.space_load import load_again
     from acmds_tune.storage import read_about
     from acmds_tune.study import SearchStudy
 
     about = read_about(directory)
-    overrides = {"name": about["name"], "trials": about["space"]["trials"]}
-    space = load(directory / "study.yaml", overrides=overrides, fixed=about["set"], resumed=True)
-    study = SearchStudy.resume(directory, space)
+    study = SearchStudy.resume(directory, load_again(directory, about, about["space"]["trials"]))
     try:
         count = study.learn_from(source)
     finally:

@@ -76,6 +76,16 @@ def load(
     return space
 
 
+def load_again(directory: Path, about: Mapping[str, Any], trials: int) -> Space:
+    """The space of the study in `directory` by its study.yaml as it is now, and by `about`, what it was started with.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    overrides = {"name": about["name"], "trials": trials}
+    return load(directory / "study.yaml", overrides=overrides, fixed=about["set"], resumed=True)
+
+
 def _apply_set(values: dict[str, Any], fixed: Mapping[str, str], source: Source) -> None:
     written, search = values.get("fixed") or {}, values.get("search")
     if not isinstance(written, dict):

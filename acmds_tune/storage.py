@@ -79,7 +79,12 @@ def read_about(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is none.
     """
-    about = open_study(directory).user_attrs.get("acmds")
+    return about_of(open_study(directory), directory)
+
+
+def about_of(study: optuna.Study, directory: Path) -> dict[str, Any]:
+    """The same of a study that is open already."""
+    about = study.user_attrs.get("acmds")
     if not about:
         raise ConfigError(str(directory / JOURNAL), ["holds no study of acmds-tune"])
     return dict(about)

@@ -30,7 +30,7 @@ from acmds_tune.objective import Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
 from acmds_tune.records import DONE, StudyRecord, ranked
-from acmds_tune.report import is_row, load_study, record, trial_dir
+from acmds_tune.report import is_row, record, trial_dir
 from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
 from acmds_tune.samplers import (
     PRUNER_REPORT_PERCENT,
@@ -44,7 +44,7 @@ from acmds_tune.samplers import (
 )
 from acmds_tune.space import Space, derived_seed, ordered, space_differences
 from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step, searched
-from acmds_tune.storage import Journal, read_about
+from acmds_tune.storage import Journal, about_of, open_study, read_about
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,8 @@ class SearchStudy:
         other = other.resolve()
         if other == self.directory.resolve():
             raise ConfigError(str(other), ["is the same study; its trials are known to it"])
-        theirs, about, ours = load_study(other), read_about(other), self._study.get_trials(deepcopy=False)
+        opened, ours = open_study(other), self._study.get_trials(deepcopy=False)
+        theirs, about = record(opened, other), about_of(opened, other)
         label = f"from {theirs.name}"
         tried = [each.system_attrs.get("fixed_params") for each in ours if each.user_attrs.get("label") == label]
         taken = {each.user_attrs.get("earlier_trial") for each in ours if each.user_attrs.get("earlier") == str(other)}
@@ -284,9 +285,10 @@ class SearchStudy:
 
     def _next(self) -> tuple[Step, int]:
         """The next step, and the trials left of the first stages; kept, since it is asked ten times a second."""
-        if self._screening is not None and self.record().of_stages(SAMPLED):  # the defaults need not wait for it
+        # the defaults need not wait for the plant
+        if self._screening is not None and (now := self.record()).of_stages(SAMPLED):
             if self._running and not self._screening.done():
-                return Wait(), left(self.space, self.record())
+                return Wait(), left(self.space, now)
             for values in self._screening.result():
                 self._study.enqueue_trial(values, user_attrs={"label": FROM_PLANT})
             self._screening = None
