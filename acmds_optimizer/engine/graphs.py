@@ -94,6 +94,7 @@ class GraphedMicroBatches:
         self.pool_bytes = 0
         """What the pool keeps between steps, beside which anything eager has to fit."""
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
         self.off_reason = ""
         """Why nothing is captured any more; empty while graphs are in use."""
         self.captures = 0
@@ -371,9 +372,15 @@ class GraphedMicroBatches:
         graph = torch.cuda.CUDAGraph()
         self.captures += 1
         try:
-            # the threads that pin batches and that NCCL has call CUDA meanwhile: a capture that minds all would end
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = run()
+            # by hand: `torch.cuda.graph` empties the cache, which the next steps would have to fill again
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self._stream):
+                # the threads that pin batches and that NCCL has call CUDA meanwhile: minding all of it would end here
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = run()
+                finally:
+                    graph.capture_end()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
