@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,7 +95,6 @@ class GraphedMicroBatches:
         self.pool_bytes = 0
         """What the pool keeps between steps, beside which anything eager has to fit."""
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
         self.off_reason = ""
         """Why nothing is captured any more; empty while graphs are in use."""
         self.captures = 0
@@ -374,7 +374,7 @@ class GraphedMicroBatches:
         try:
             # by hand: `torch.cuda.graph` empties the cache, which the next steps would have to fill again
             torch.cuda.synchronize()
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(_capture_stream(self._parameters[0].device)):
                 # the threads that pin batches and that NCCL has call CUDA meanwhile: minding all of it would end here
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -404,6 +404,12 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
     if reason and wanted is True:
         logger.warning("CUDA graphs: %s; training without", reason)
     return False if reason else wanted
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
 
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
