@@ -135,7 +135,8 @@ class CurriculumConfig:
     """Replay steps as one CUDA graph for each micro-batch size; auto: where that is measured to be 5 % faster."""
 
     compile_model: bool = False
-    """Compile the model with torch.compile, once for each micro-batch size: faster steps after a minute or more."""
+    """Compile the model with torch.compile on CUDA, once for each micro-batch size: faster steps after half a minute or
+    more."""
 
     cudnn_benchmark: bool = False
     """Let cuDNN try its convolution algorithms for each micro-batch size, which takes seconds a size."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -765,3 +767,42 @@ def test_what_comes_to_lie_between_steps_is_in_the_next_prediction_once_it_was_r
         controller.memory.track([ballast])
         controller.read_base()
         assert controller.state.peaks.predict(work) == before + ballast.nbytes
+
+
+class Unwatched(BudgetedCpuMemory):
+    """Without the mode that counts what is allocated, inside which PyTorch compiles nothing; CUDA needs none."""
+
+    def watch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def test_the_model_is_compiled_for_sizes_that_come_again_only(monkeypatch):
+    sizes = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        sizes.append(next(each for each in inputs if not isinstance(each, nn.Parameter)).shape[0])
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    with (
+        make(Unwatched(GIB), compile_model=True, min_batch_size=4) as compiled,
+        make(Unwatched(GIB), min_batch_size=4) as plain,
+    ):
+        for trainer in (compiled, plain):
+            for _ in range(2):  # of 100 samples: the last four of an epoch are a batch of their own
+                trainer.train_epoch()
+        assert compiled.step == plain.step == 8
+        assert torch.equal(weights(compiled), weights(plain))
+    assert sizes == [32]
+
+
+def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(monkeypatch, caplog):
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    with make(Unwatched(GIB), compile_model=True) as compiled, make(Unwatched(GIB)) as plain:
+        assert compiled.train_epoch()["samples"] == plain.train_epoch()["samples"] == 100
+        assert torch.equal(weights(compiled), weights(plain))
+    assert caplog.text.count("training goes on without") == 1
+    assert "no compiler here" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -16,8 +17,10 @@ from acmds_optimizer.engine.batches import Batch, near_equal
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.engine.prepare import running_statistics
-from acmds_optimizer.errors import DataError
-from acmds_optimizer.memory.guard import Guard
+from acmds_optimizer.errors import DataError, first_line
+from acmds_optimizer.memory.guard import Guard, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 _MOST_SIZES = 64
 
@@ -55,10 +58,9 @@ class TrainStep:
         """Whether the logits come back beside the losses, for what the curriculum makes of them."""
         self.num_classes: int | None = None
         """Outputs that the labels need; None: not known."""
-        self._run: Callable[[Tensor], Any] = model
-        if compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
-            self._run = torch.compile(model, dynamic=False)
+        self.compiles = False
+        """Whether the size of the batch will come again, so that it is worth compiling for."""
+        self._compiled: Callable[[Tensor], Any] = _compiled(model) if compiled else model
         self.guard = guard
         self.loss = loss
         self.amp_dtype = amp_dtype
@@ -93,6 +95,7 @@ class TrainStep:
 
     def rehearse(self, batch: Batch, micro_batch: int) -> Tensor:
         """Forward and backward of the first micro-batch alone, without the optimizer; its losses, detached."""
+        self.compiles = False
         return self.micro(batch.slice(0, micro_batch), micro_batch)
 
     def micro(self, part: Batch, total: int) -> Tensor:
@@ -141,14 +144,35 @@ class TrainStep:
         # a cached cast of a weight would be made in one graph and read in another
         cache = self.graphs is None
         model = model or self.model
+        run = self._compiled if self.compiles and model is self.model and model.training else model
         with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
-            outputs = (self._run if model is self.model and model.training else model)(inputs)
+            outputs = run(inputs)
         if not isinstance(outputs, Tensor):
             raise DataError(
                 f"{type(self.model).__name__} must give one tensor of logits (B, C), but gives a "
                 f"{type(outputs).__name__}: wrap it in a module that picks the logits"
             )
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+
+
+def _compiled(model: nn.Module) -> Callable[[Tensor], Any]:
+    """The model, compiled anew for each shape of its inputs; as it is, with a warning, from when that fails."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_SIZES)
+    run = torch.compile(model, dynamic=False)
+
+    def call(inputs: Tensor) -> Any:
+        nonlocal run
+        try:
+            return run(inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
+            reason = first_line(getattr(error, "inner_exception", error))
+            logger.warning("torch.compile failed, so training goes on without (%s)", reason)
+            run = model
+            return run(inputs)
+
+    return call
 
 
 class StepClock:

@@ -360,6 +360,7 @@ class ACMDSTrainer:
         self.controller.memory.track([batch.inputs, batch.targets])
         first = parts(len(batch), min(decision.batch, len(batch)))[0]  # of which graphs are captured
         graphs, captures = self.train_step.graphs, 0
+        self.train_step.compiles = not odd
         if graphs is not None:
             captures = graphs.captures
             first = graphs.make_room(decision, first, work, odd=odd)
