@@ -28,6 +28,8 @@ class PendingScores:
         self._ranks = ranks
         self._width = 1 + (num_classes or _CLASSES_IF_UNKNOWN) if feedback.needs_logits else 1
         self._steps: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self._most_steps = 1
+        """As in the recorder: the first step's are entered alone, so that the kernels for it are loaded at the start."""
 
     def add(self, batch: Batch, outcomes: Tensor, total: int, epoch: int) -> None:
         """Keep what a step found.
@@ -39,7 +41,7 @@ class PendingScores:
             epoch: its epoch.
         """
         self._steps.append((batch.indices, batch.targets if self._feedback.needs_logits else None, outcomes))
-        if len(self._steps) >= _STEPS or len(self._steps) * total * self._width >= _NUMBERS:
+        if len(self._steps) >= self._most_steps or len(self._steps) * total * self._width >= _NUMBERS:
             self.enter(epoch)
 
     def drop(self) -> None:
@@ -51,6 +53,7 @@ class PendingScores:
         if self._steps:
             indices, targets, outcomes = zip(*self._steps, strict=True)
             self._steps.clear()
+            self._most_steps = _STEPS
             everywhere = self._ranks.concatenate
             labels = everywhere(torch.cat(targets)) if self._feedback.needs_logits else None
             self._feedback.update(everywhere(torch.cat(indices)), labels, everywhere(torch.cat(outcomes)), epoch)

@@ -162,6 +162,8 @@ class Recorder:
         self._events = CsvLog(folder / "events.csv" if folder else None, EVENT_COLUMNS, resume_step)
         self._pending: list[dict[str, Any]] = []
         self._pending_losses: list[torch.Tensor] = []
+        self._flush_rows = 1
+        """What is first used, CUDA loads and pins while nothing else waits for the GPU: in the first step."""
         self._on_the_way: deque[tuple[list[dict[str, Any]], torch.Tensor, torch.cuda.Event | None]] = deque()
         self._window_size = difficulty_window
         self._window: list[tuple[int, float]] = []
@@ -204,8 +206,9 @@ class Recorder:
         self._count(row["effective_batch"], row["seconds"])
         self._pending.append(row)
         self._pending_losses.append(losses.detach())
-        if len(self._pending) >= _FLUSH_ROWS:
+        if len(self._pending) >= self._flush_rows:
             self.flush(wait=False)
+            self._flush_rows = _FLUSH_ROWS
 
     def waited(self, seconds: float) -> None:
         """Count the end of an epoch, in which the device catches up with the host, into the samples a second."""
@@ -346,7 +349,7 @@ class Recorder:
         """Continue from `state_dict()`; what was pending is not of that run."""
         for name in _SUMS:
             setattr(self, name, state[name])
-        self._pending, self._pending_losses = [], []
+        self._pending, self._pending_losses, self._flush_rows = [], [], 1
         self._on_the_way.clear()
 
     def close(self) -> None:
