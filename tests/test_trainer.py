@@ -36,7 +36,14 @@ from acmds_optimizer import (
 from acmds_optimizer.engine import prepare
 from acmds_optimizer.engine.columns import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.engine.step import parts
-from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import (
+    ACMDSError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    OutOfMemoryForGoodError,
+)
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
 GIB = 2**30
@@ -806,3 +813,17 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(monkeypatch, caplog
         assert torch.equal(weights(compiled), weights(plain))
     assert caplog.text.count("training goes on without") == 1
     assert "no compiler here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "said"),
+    [
+        (nn.Linear(20, 2), lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS evaluates the loss again"),
+        (nn.LazyLinear(2), lambda model: torch.optim.SGD(model.parameters()), "run one batch through it"),
+        (nn.Linear(20, 2), lambda model: torch.optim.SGD(nn.Linear(20, 2).parameters()), "no parameter of the model"),
+        (nn.Linear(20, 2).requires_grad_(False), lambda model: torch.optim.SGD(model.parameters()), "freeze fewer"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_the_model_is_refused(model, optimizer, said):
+    with pytest.raises(DataError, match=said):
+        ACMDSTrainer(model, data(), optimizer(model), CurriculumConfig(), "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
@@ -76,6 +78,26 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     except (RuntimeError, TypeError) as error:
         logger.warning("fused %s is not available here (%s); using the plain one", config.optimizer, error)
         return kinds[config.optimizer]()
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """See that steps of this optimizer train this model, and can be undone and repeated in pieces.
+
+    Raises:
+        DataError: they cannot.
+    """
+    name, parameters = type(optimizer).__name__, list(model.parameters())
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        raise DataError("the model has layers without a shape; run one batch through it before its optimizer is made")
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in stepped for parameter in parameters):
+        raise DataError(
+            f"{name} holds no parameter of the model that requires a gradient, so nothing can be trained; make it from "
+            "model.parameters(), and freeze fewer of them"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise DataError(f"{name} evaluates the loss again within its step, which cannot be undone; use AdamW or SGD")
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

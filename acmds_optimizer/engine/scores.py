@@ -29,7 +29,7 @@ class PendingScores:
         self._width = 1 + (num_classes or _CLASSES_IF_UNKNOWN) if feedback.needs_logits else 1
         self._steps: list[tuple[Tensor, Tensor | None, Tensor]] = []
         self._most_steps = 1
-        """As in the recorder: the first step's are entered alone, so that the kernels for it are loaded at the start."""
+        """The first step's are entered alone: as in the recorder, kernels are to be loaded at the start."""
 
     def add(self, batch: Batch, outcomes: Tensor, total: int, epoch: int) -> None:
         """Keep what a step found.

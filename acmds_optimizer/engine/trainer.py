@@ -30,7 +30,7 @@ from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import wanted_graphs
 from acmds_optimizer.engine.growth import GrowingImages
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
-from acmds_optimizer.engine.prepare import checkpoint_activations, set_up_cuda
+from acmds_optimizer.engine.prepare import check_optimizer, checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.rehearsal import check_size, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
 from acmds_optimizer.engine.scores import PendingScores
@@ -66,6 +66,7 @@ class ACMDSTrainer:
         ranks: the processes that train together; None: those of torch.distributed's default group, if there is one.
 
     Raises:
+        DataError: the optimizer cannot train this model.
         RuntimeError: CUDA is not available and the CPU was not asked for.
 
     Example:
@@ -125,6 +126,7 @@ class ACMDSTrainer:
         loss_fn: LossFunction | None,
         shape: tuple[int, ...],
     ) -> None:
+        check_optimizer(model, optimizer)
         self.model = model.to(self.device)
         if self.device.type == "cuda":
             set_up_cuda(self.config)
