@@ -1,6 +1,6 @@
 """All measurements that need a GPU, within a number of seconds.
 
-    python -m benchmarks.gpu_session OUT 4565 --data cifar10            # everything but half of the study; 76 minutes
+    python -m benchmarks.gpu_session OUT 4565 --data cifar10            # everything, and half of the study; 76 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
 
