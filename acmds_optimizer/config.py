@@ -105,6 +105,9 @@ class CurriculumConfig:
     """Samples to leave out as mislabelled: 0 none; auto those whose losses split off clearly, if any; or a share of
     the samples, the highest losses."""
 
+    noise_action: Literal["ignore", "relabel"] = "ignore"
+    """What becomes of samples that the noise gate flags: they count nothing, or learn the class that is predicted."""
+
     start_resolution: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
     """Height and width of the images at the start as a share of the full size; 1: full size throughout. The last 30 %
     of the training and every validation are at full size."""

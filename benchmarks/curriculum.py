@@ -38,8 +38,9 @@ from benchmarks import curriculum_data
 from benchmarks.curriculum_data import Images
 from benchmarks.curriculum_table import COLUMNS, print_tables
 
-ARMS = ("none", "easy", "hard", "random", "matched", "auto", "watch")
-"""Values of `direction`; watch is a shuffle beside which the noise gate looks on, for --record."""
+ARMS = ("none", "easy", "hard", "random", "matched", "auto", "relabel", "watch")
+"""Values of `direction`; relabel is auto with that `noise_action`, watch a shuffle beside which the gate looks on, for
+--record."""
 SPEED: dict[str, dict[str, Any]] = {
     "digits": {
         "enable_amp": False, "max_batch_size": 64, "min_batch_size": 64, "optimizer": "adamw", "lr": 5e-3,
@@ -89,7 +90,9 @@ def run(spec: Spec, images: Images, device: str, record: Path | None) -> dict[st
         kept = curriculum_data.imbalanced(images.train_labels, spec.seed)
     labels, wrong = curriculum_data.wrong_labels(images.train_labels[kept], spec.noise, spec.seed)
     settings = {**SPEED[spec.suite], "lr": spec.lr}
-    direction: Any = "auto" if spec.arm == "watch" else spec.arm
+    if spec.arm == "relabel":
+        settings["noise_action"] = spec.arm
+    direction: Any = "auto" if spec.arm in ("watch", "relabel") else spec.arm
     config = TrainConfig(**settings, device=device, epochs=spec.epochs, direction=direction, seed=spec.seed)
     bundle = images.bundle(images.train[kept], labels, augment=config.augment)
     torch.manual_seed(spec.seed)

@@ -16,7 +16,10 @@ from torch.utils.data import Subset, TensorDataset
 
 from acmds_optimizer import ACMDSTrainer, TrainConfig, run_training
 from acmds_optimizer.curriculum.gate import NoiseGate
+from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.flagged import write_flagged
+from acmds_optimizer.engine.loss import Mixing, make_loss, relabelled
+from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.memory.device import BudgetedCpuMemory
 from acmds_optimizer.zoo.folders import scan_classes
 
@@ -72,6 +75,40 @@ def test_wrong_labels_are_flagged_and_count_nothing(settings):
     )
 
 
+def test_flagged_samples_can_learn_what_the_model_takes_them_for():
+    trainer = make(60, direction="auto", noise_action="relabel")
+    finish(trainer)
+    gate, right = trainer.feedback.gate, clusters(0).tensors[1]
+    assert gate is not None
+    assert gate.fired
+    learned = torch.where(gate.guesses < 0, gate.labels, gate.guesses)
+    assert (learned == right).float().mean() > 0.98
+    assert np.array_equal((gate.guesses >= 0).numpy(), gate.flagged)
+    assert (trainer.sampler.plan.weights == 1.0).all()
+    batch = Batch(torch.zeros(4, 2), gate.labels[:4], torch.arange(4), torch.ones(4))
+    prepared = trainer._prepared(batch)
+    assert prepared.soft is not None
+    assert torch.equal(prepared.soft, nn.functional.one_hot(learned[:4], 3).float())
+    assert torch.equal(prepared.targets, gate.labels[:4]), "scores are of the given labels"
+
+
+def test_what_is_mixed_are_the_labels_that_are_learned():
+    given, guesses = torch.tensor([0, 0, 1, 2]), torch.tensor([-1, 2, -1, -1])
+    batch = relabelled(Batch(torch.rand(4, 3, 8, 8), given, torch.arange(4), torch.ones(4)), guesses, 3)
+    mixing = Mixing(TrainConfig(mixup_alpha=0.2), 3, (3, 8, 8))
+    mixed = mixing(batch, 0, 0).slice(0, 4)
+    assert torch.equal(mixed.targets, given)
+    assert mixed.soft is not None
+    present = mixed.soft > 0
+    assert present[1].tolist() == [True, False, True]
+    assert present[3].tolist() == [False, True, True]
+
+
+def test_a_loss_of_ones_own_has_no_labels_to_replace():
+    with pytest.raises(ConfigError, match="noise_action: needs cross-entropy"):
+        make_loss(TrainConfig(noise_action="relabel"), nn.CrossEntropyLoss(reduction="none"))
+
+
 def test_a_twentieth_of_the_training_has_passed_before_a_loss_counts():
     trainer = make(0, direction="auto", epochs=40)
     warm = []
@@ -82,12 +119,18 @@ def test_a_twentieth_of_the_training_has_passed_before_a_loss_counts():
     assert warm == [False, True, True]
 
 
-@pytest.mark.parametrize("scoring", ["loss", "forgetting"])
-def test_a_training_with_a_gate_stopped_and_resumed_equals_one_that_was_not(scoring, tmp_path: Path):
-    settings: dict[str, Any] = {"direction": "hard", "noise_rate": "auto", "scoring": scoring}
+@pytest.mark.parametrize(
+    ("settings", "step"),  # in the middle of the fourth epoch or so, before the gate fires, or of the eighth, after it
+    [
+        ({"direction": "hard", "noise_rate": "auto", "scoring": "loss"}, 33),
+        ({"direction": "hard", "noise_rate": "auto", "scoring": "forgetting"}, 33),
+        ({"direction": "auto", "noise_action": "relabel"}, 75),
+    ],
+)
+def test_a_training_with_a_gate_stopped_and_resumed_equals_one_that_was_not(settings, step, tmp_path: Path):
     whole = finish(make(60, **settings))
     stopped = make(60, **settings)
-    stopped.should_stop = lambda: stopped.step >= 33  # in the middle of the fourth epoch or so, before the gate fires
+    stopped.should_stop = lambda: stopped.step >= step
     while not stopped.should_stop():
         stopped.train_epoch()
     stopped.save_checkpoint(tmp_path / "checkpoint.pt")

@@ -20,7 +20,7 @@ class Feedback:
 
     Args:
         scores: of the data set; moved to the device.
-        config: scoring, noise_rate and direction are used.
+        config: scoring, noise_rate, noise_action and direction are used.
         device: where the training runs.
         num_classes: for the check of a foreign scoring function; None: not known.
 
@@ -39,6 +39,7 @@ class Feedback:
             scores.alpha = 1.0
         rate = config.gate_rate
         self.gate = NoiseGate(len(scores), rate, device) if rate != 0 else None
+        self._relabels = config.noise_action == "relabel"
 
     @property
     def needs_logits(self) -> bool:
@@ -46,8 +47,18 @@ class Feedback:
 
     @property
     def flagged(self) -> NDArray[np.bool_] | None:
-        """(n,) samples that count nothing; None while the gate has not fired, or without one."""
+        """(n,) samples whose labels are suspected; None while the gate has not fired, or without one."""
         return self.gate.flagged if self.gate is not None and self.gate.fired else None
+
+    @property
+    def ignored(self) -> NDArray[np.bool_] | None:
+        """(n,) samples that count nothing; None: all count."""
+        return None if self._relabels else self.flagged
+
+    @property
+    def guesses(self) -> Tensor | None:
+        """(n,) int64 classes that samples learn in place of their own, -1 where there is none; None: none does."""
+        return self.gate.guesses if self.gate is not None and self.gate.fired and self._relabels else None
 
     def losses(self, outcome: Tensor) -> Tensor:
         """The losses (B,) in what a step gave: they alone, or with `needs_logits` losses and logits (B, 1 + C)."""

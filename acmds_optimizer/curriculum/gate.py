@@ -148,6 +148,8 @@ class NoiseGate:
         self.confidences = torch.zeros(size, dtype=torch.float32, device=device)
         self.flagged: NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
         """(n,), on the host."""
+        self.guesses = torch.full((size,), -1, dtype=torch.int64, device=device)
+        """(n,) what flagged samples were predicted as when they were flagged; -1 for the others."""
         self._suspected: NDArray[np.bool_] = np.zeros(size, dtype=np.bool_)
         self.classes = 2
         self.warm = False
@@ -205,6 +207,8 @@ class NoiseGate:
             suspected &= seen
         if self.fired:
             self.flagged = flag(difficulty, suspected, labels)
+            flagged = torch.from_numpy(self.flagged).to(self.predictions.device)
+            self.guesses = torch.where(flagged, self.predictions, -1)
         return self.fired and not before
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,6 +218,7 @@ class NoiseGate:
             "predictions": self.predictions.clone(),
             "confidences": self.confidences.clone(),
             "flagged": torch.from_numpy(self.flagged.copy()),
+            "guesses": self.guesses.clone(),
             "suspected": torch.from_numpy(self._suspected.copy()),
             "classes": self.classes,
             "threshold": self.threshold,
@@ -231,6 +236,7 @@ class NoiseGate:
         self.losses.load_state_dict(state["losses"])
         for name in ("labels", "predictions", "confidences"):
             getattr(self, name).copy_(state[name])
+        self.guesses.copy_(state.get("guesses", self.guesses))
         self.flagged = state["flagged"].cpu().numpy().copy()
         self._suspected = state["suspected"].cpu().numpy().copy()
         for name in ("classes", "threshold", "warm", "clear_epochs", "fired"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -53,14 +53,21 @@ def make_loss(config: CurriculumConfig, own: LossFunction | None) -> TrainingLos
     """The loss that the configuration asks for, around `own`, or around cross-entropy.
 
     Raises:
-        ConfigError: smoothing or mixing, which change the targets of cross-entropy, with a loss of one's own.
+        ConfigError: smoothing, mixing or new labels, the targets of cross-entropy, with a loss of one's own.
     """
-    if not isinstance(config, TrainConfig):
-        return TrainingLoss(own)
-    asked = [name for name in ("label_smoothing", "mixup_alpha", "cutmix_alpha") if getattr(config, name)]
+    names = ("label_smoothing", "mixup_alpha", "cutmix_alpha")
+    asked = [name for name in names if getattr(config, name, 0.0)]
+    asked += ["noise_action"] if config.noise_action == "relabel" else []
     if own is not None and asked:
         raise ConfigError("loss_fn", [f"{name}: needs cross-entropy, not a loss of one's own" for name in asked])
-    return TrainingLoss(own, config.label_smoothing)
+    return TrainingLoss(own, getattr(config, "label_smoothing", 0.0))
+
+
+def relabelled(batch: Batch, guesses: Tensor, num_classes: int) -> Batch:
+    """`batch` with soft targets: the class in `guesses` (one for each sample of the data set), where that is not -1."""
+    guessed = guesses[batch.indices]
+    learned = torch.where(guessed < 0, batch.targets, guessed)
+    return replace(batch, soft=nn.functional.one_hot(learned, num_classes).float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,8 @@ class MixedBatch(Batch):
     def slice(self, start: int, stop: int) -> Batch:
         """Samples start to stop, mixed, with their soft targets."""
         before = (start - 1) % len(self)
-        whole = (self.inputs, self.targets, self.weights)
+        learned = self.targets if self.soft is None else self.soft.argmax(dim=1)
+        whole = (self.inputs, learned, self.weights)
         if start:
             inputs, targets, weights = (part[before:stop] for part in whole)
         else:  # the sample before the first is the last
@@ -125,5 +133,5 @@ class Mixing:
             return batch
         seed = int(np.random.default_rng((self.seed, epoch, position, 2)).integers(2**63))
         return MixedBatch(
-            batch.inputs, batch.targets, batch.indices, batch.weights, None, transform=self.transform, seed=seed
+            batch.inputs, batch.targets, batch.indices, batch.weights, batch.soft, transform=self.transform, seed=seed
         )

@@ -50,7 +50,7 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         for name in _PARTS:
             getattr(trainer, name).load_state_dict(state[name])
             if name == "feedback":  # by which the sampler, the next part, plans
-                trainer.sampler.flagged = trainer.feedback.flagged
+                trainer.sampler.flagged = trainer.feedback.ignored
         trainer.scores.drop()
         # the optimizer has put tensors of its own in place of those that the guard has made
         trainer.controller.memory.track([list(values.values()) for values in trainer.optimizer.state.values()])

@@ -29,7 +29,7 @@ from acmds_optimizer.engine.distributed import Ranks
 from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import wanted_graphs
 from acmds_optimizer.engine.growth import GrowingImages
-from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss
+from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss, relabelled
 from acmds_optimizer.engine.prepare import check_optimizer, checkpoint_activations, set_up_cuda
 from acmds_optimizer.engine.rehearsal import check_size, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
@@ -416,10 +416,13 @@ class ACMDSTrainer:
         if self.feedback.end_epoch(self.progress):
             assert self.feedback.flagged is not None
             count = int(self.feedback.flagged.sum())
-            message = f"the noise gate is on: {count} of {len(self.dataset)} samples count nothing for now"
+            what = "count nothing" if self.feedback.guesses is None else "learn what the model takes them for"
+            message = f"the noise gate is on: {count} of {len(self.dataset)} samples {what} for now"
             logger.info("epoch %d: %s", self.epoch, message)
             self._event("noise_gate", message)
-        self.sampler.flagged = self.feedback.flagged
+            if self.train_step.graphs is not None and self.feedback.guesses is not None:
+                self.train_step.graphs.drop_above(0)  # they have no soft targets
+        self.sampler.flagged = self.feedback.ignored
 
     def _enter_stage(self) -> float:
         """The pixels of a sample relative to full size, at the resolution that is due now."""
@@ -439,7 +442,9 @@ class ACMDSTrainer:
             self.controller.read_base()
 
     def _prepared(self, batch: Batch) -> Batch:
-        """Mixed, and at the size that is due."""
+        """With the labels that are to be learned, mixed, and at the size that is due."""
+        if self.feedback.guesses is not None and self.feedback.gate is not None:
+            batch = relabelled(batch, self.feedback.guesses, self.feedback.gate.classes)
         batch = self.mixing(batch, self.epoch, self.sampler.position)
         return batch if self.growth is None else self.growth.sized(batch)
 
