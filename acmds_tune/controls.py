@@ -10,13 +10,14 @@ OFF: dict[str, str | float] = {"direction": "none", "noise_rate": 0.0, "start_re
 """Settings of the curriculum, and what turns each off: plain shuffling, no noise gate, full size throughout."""
 
 ACTS_WITH = {
-    "pacing": "direction",
-    "start_fraction": "direction",
-    "pacing_end_fraction": "direction",
-    "coverage_epochs": "direction",
-    "resolution_stages": "start_resolution",
+    "pacing": ("direction",),
+    "start_fraction": ("direction",),
+    "pacing_end_fraction": ("direction",),
+    "coverage_epochs": ("direction",),
+    "noise_action": ("direction", "noise_rate"),
+    "resolution_stages": ("start_resolution",),
 }
-"""Settings that do something only where another one is not off."""
+"""Settings that do something only where one of others is not off."""
 
 
 def control_problems(space: Space) -> Iterator[tuple[str, str]]:
@@ -24,9 +25,10 @@ def control_problems(space: Space) -> Iterator[tuple[str, str]]:
     for name, off in OFF.items():
         if name in space.search and not _holds(space.search[name], off):
             yield name, f"must have {off} among its values: what a curriculum has to beat is a run without it"
-    for name, switch in ACTS_WITH.items():
-        if name in space.search and switch not in space.search:
-            yield name, f"acts only with {switch}, which must be searched too, with {OFF[switch]} among its values"
+    for name, switches in ACTS_WITH.items():
+        if name in space.search and not any(switch in space.search for switch in switches):
+            which, off = " or ".join(switches), " or ".join(str(OFF[switch]) for switch in switches)
+            yield name, f"acts only with {which}, which must be searched too, with {off} among its values"
 
 
 def _holds(parameter: Parameter, value: str | float) -> bool:

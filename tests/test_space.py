@@ -448,6 +448,7 @@ def test_a_short_trial_is_short_also_where_settings_bound_it_and_keeps_what_is_s
         ("start_resolution: {low: 0.3, high: 0.8}", "search.start_resolution: must have 1.0 among its values"),
         ("start_fraction: {low: 0.2, high: 0.8}", "search.start_fraction: acts only with direction"),
         ("resolution_stages: {values: [2, 4]}", "search.resolution_stages: acts only with start_resolution"),
+        ("noise_action: {values: [ignore, relabel]}", "search.noise_action: acts only with direction or noise_rate"),
     ],
 )
 def test_a_search_over_a_curriculum_must_hold_the_run_without_it(problems: Any, search: str, problem: str) -> None:
@@ -461,6 +462,7 @@ def test_a_search_over_a_curriculum_with_its_controls_is_accepted(read: Any) -> 
           direction: {values: [none, easy]}
           start_fraction: {low: 0.2, high: 0.8, when: {direction: [easy]}}
           noise_rate: {values: [0, auto, 0.2]}
+          noise_action: {values: [ignore, relabel]}
           start_resolution: {low: 0.5, high: 1.0}
           resolution_stages: {low: 2, high: 5}
         """
