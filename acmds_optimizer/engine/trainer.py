@@ -416,7 +416,7 @@ class ACMDSTrainer:
         if self.feedback.end_epoch(self.progress):
             assert self.feedback.flagged is not None
             count = int(self.feedback.flagged.sum())
-            what = "count nothing" if self.feedback.guesses is None else "learn what the model takes them for"
+            what = "count nothing" if self.feedback.guesses is None else "learn the predicted class"
             message = f"the noise gate is on: {count} of {len(self.dataset)} samples {what} for now"
             logger.info("epoch %d: %s", self.epoch, message)
             self._event("noise_gate", message)
