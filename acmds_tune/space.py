@@ -23,7 +23,9 @@ Scalar = bool | int | float | str | None
 FIGURE_NAMES = [*(column.name for column in FIGURES), "seconds"]
 """What a trial measures, and so what an objective or a constraint may name."""
 
-MAXIMIZED = ("samples_per_second", "val_accuracy", "headroom_min_gb", "batch_size_mean", "samples", "steps")
+MAXIMIZED = (
+    "samples_per_second", "val_accuracy", "headroom_min_gb", "batch_size_mean", "samples", "steps", "gpu_busy_fraction"
+)  # fmt: skip
 """Figures of which more is better; of the others less is."""
 
 PRESETS: dict[str, list[dict[str, str]]] = {

@@ -268,13 +268,20 @@ def test_a_numbered_gpu_is_refused_because_each_trial_sees_one(problems: Any) ->
 def test_presets_and_figures_become_objectives_with_their_direction(read: Any) -> None:
     pairs = [
         [(o.name, o.direction) for o in read(f"objective: {text}\n{SEARCH}").objective]
-        for text in ("pareto", "val_accuracy", "[val_loss, headroom_min_gb]", "{name: seconds, direction: maximize}")
+        for text in (
+            "pareto",
+            "val_accuracy",
+            "[val_loss, headroom_min_gb]",
+            "{name: seconds, direction: maximize}",
+            "gpu_busy_fraction",
+        )
     ]
     assert pairs == [
         [("samples_per_second", "maximize"), ("val_loss", "minimize")],
         [("val_accuracy", "maximize")],
         [("val_loss", "minimize"), ("headroom_min_gb", "maximize")],
         [("seconds", "maximize")],
+        [("gpu_busy_fraction", "maximize")],
     ]
 
 
