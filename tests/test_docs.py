@@ -120,6 +120,11 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(page.name for page in PAGES if page.name != "README.md")
 
 
+def test_the_first_page_leads_to_every_other():
+    linked = re.findall(r"\]\((\w+\.md)", (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert sorted([*linked, "index.md"]) == sorted(page.name for page in PAGES if page.name != "README.md")
+
+
 def test_every_documented_error_is_one_that_the_programs_give():
     """Headings of docs/errors.md are words of the messages, so that a search for a message finds its section."""
     sources = [*(REPOSITORY / "acmds_optimizer").rglob("*.py"), *(REPOSITORY / "acmds_tune").rglob("*.py")]
