@@ -114,6 +114,12 @@ def test_links_of_the_documentation_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_tests_that_the_documentation_names_exist(page):
+    for file in re.findall(r"\btests/test_\w+\.py", page.read_text(encoding="utf-8")):
+        assert (REPOSITORY / file).is_file()
+
+
 def test_every_page_is_in_the_navigation():
     settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = re.findall(r"\w+\.md", str(settings["nav"]))
