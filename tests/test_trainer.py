@@ -185,6 +185,20 @@ def test_the_batch_shrinks_for_a_neighbour_and_grows_back():
     assert trainer.controller.batch_size == alone
 
 
+def test_the_event_of_a_neighbour_on_a_small_card_says_how_much_it_took(monkeypatch):
+    memory = BudgetedCpuMemory(900_000)
+    trainer = make(memory)
+    said: list[str] = []
+    monkeypatch.setattr(trainer.recorder, "note", lambda where, kind, message, *_: said.append(f"{kind}: {message}"))
+
+    def neighbour(operation) -> None:
+        memory.neighbour_bytes = 500_000 if trainer.step >= 3 else 0
+
+    memory.on_operation = neighbour
+    trainer.train_epoch()
+    assert said == ["neighbour_change: the budget changed by -0.000466 GB"]
+
+
 def test_a_model_that_does_not_fit_ends_with_advice():
     memory = BudgetedCpuMemory(120_000)
     trainer = make(memory, target_headroom_gb=0.00001)

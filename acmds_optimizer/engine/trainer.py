@@ -476,7 +476,7 @@ class ACMDSTrainer:
                 graphs.timed(size, seconds, replayed=replayed)
         if abs(reading.budget_bytes - before.budget_bytes) > _NEIGHBOUR_SHARE * self.controller.vram_total:
             change = (reading.budget_bytes - before.budget_bytes) / GIB
-            self._event("neighbour_change", f"the budget changed by {change:+.2f} GB")
+            self._event("neighbour_change", f"the budget changed by {change:+.3g} GB")
         if self.controller.releases > releases:
             self._event("emergency_gc", "cached blocks were released")
         row = {
