@@ -327,6 +327,21 @@ def to_dict(config: CurriculumConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+OTHER_NAMES = {
+    "batch_size": "there are two: effective_batch_size is what a step learns from, max_batch_size what memory holds",
+    "learning_rate": "it is called lr",
+    "num_epochs": "it is called epochs",
+    "wd": "it is called weight_decay",
+}
+"""What other trainers call their settings, with what it is here. Not read as ours: they would differ in best.json."""
+
+
+def hint(key: str, valid: list[str]) -> str:
+    """`; it is called x` for what other trainers call it, else the nearest valid key, or nothing."""
+    name = key.replace("-", "_")
+    return f"; {OTHER_NAMES[name]}" if name in OTHER_NAMES else nearest(key, valid)
+
+
 def nearest(key: str, valid: list[str]) -> str:
     """` (did you mean 'x'?)` for the closest valid key, or nothing."""
     matches = difflib.get_close_matches(key.replace("-", "_"), valid, n=1)
@@ -359,7 +374,7 @@ def describe(error: ValidationError, valid_keys: list[str]) -> list[str]:
         members = ("constrained-", "function-", "literal[", "bool")
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(members))
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            problems.append(f"{key}: unknown key{nearest(str(item['loc'][-1]), valid_keys)}")
+            problems.append(f"{key}: unknown key{hint(str(item['loc'][-1]), valid_keys)}")
         elif key:
             tried.setdefault(f"{key}: {item['input']!r}", []).append(f"{item['msg'][:1].lower()}{item['msg'][1:]}")
         else:

@@ -71,14 +71,6 @@ REFUSED_VALUES = {
     ("pruner", "hyperband"): "not offered; halving is one bracket of it",
 }
 
-REFUSED_SETTINGS = {
-    "batch_size": "there are two: effective_batch_size is what a step learns from, max_batch_size what memory holds",
-    "learning_rate": "it is called lr",
-    "num_epochs": "it is called epochs",
-    "wd": "it is called weight_decay",
-}
-"""What other trainers call their settings, with what it is here. Not read as ours: they would differ in best.json."""
-
 PARAMETER_ALIASES = {
     "min": "low",
     "lower": "low",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from acmds_optimizer.config import OTHER_NAMES
 from acmds_tune.columns import with_tables
 from acmds_tune.space import Budget, Confirm, NeighbourStep, Parameter, Prescreen, Resources, Screen, Space, Timeouts
 from acmds_tune.space_aliases import (
@@ -20,7 +21,6 @@ from acmds_tune.space_aliases import (
     PARAMETER_ALIASES,
     PRUNER_ALIASES,
     REFUSED_PARAMETER_KEYS,
-    REFUSED_SETTINGS,
     REFUSED_TOP_LEVEL,
     REFUSED_TYPES,
     REFUSED_VALUES,
@@ -120,7 +120,7 @@ def _alias_table() -> str:
 def _refused_list() -> str:
     lines = [f"- `{key}`: {hint}." for key, hint in REFUSED_TOP_LEVEL.items()]
     lines += [f"- `{key}: {value}`: {hint}." for (key, value), hint in REFUSED_VALUES.items()]
-    lines += [f"- `{name}` under `search` or `fixed`: {hint}." for name, hint in REFUSED_SETTINGS.items()]
+    lines += [f"- `{name}` under `search` or `fixed`: {hint}." for name, hint in OTHER_NAMES.items()]
     lines += [f"- `{key}` of a setting: {hint}." for key, hint in REFUSED_PARAMETER_KEYS.items()]
     lines += [f"- `type: {kind}` of a setting: {hint}." for kind, hint in REFUSED_TYPES.items()]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from acmds_optimizer.config import TrainConfig, build, field_names, nearest, to_dict
+from acmds_optimizer.config import TrainConfig, build, field_names, hint, nearest, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.controls import control_problems
 from acmds_tune.requires import DRAWS, all_hold, draw, parse_requirement
@@ -35,7 +35,7 @@ from acmds_tune.space import (
     ordered,
     parse_constraint,
 )
-from acmds_tune.space_aliases import REFUSED_SETTINGS, canonical
+from acmds_tune.space_aliases import canonical
 from acmds_tune.space_yaml import Source, read
 
 MOST = 2**53
@@ -239,8 +239,7 @@ def _checked(name: str, value: Any, path: tuple[str | int, ...], source: Source)
 
 def _known_setting(section: str, name: str, source: Source) -> bool:
     if name not in field_names():
-        hint = f"; {REFUSED_SETTINGS[name]}" if name in REFUSED_SETTINGS else nearest(name, field_names())
-        source.complain((section, name), f"the trainer has no such setting{hint}")
+        source.complain((section, name), f"the trainer has no such setting{hint(name, field_names())}")
         return False
     if name in SET_BY_THE_SEARCH:
         source.complain((section, name), f"cannot be set here: {SET_BY_THE_SEARCH[name]}")

@@ -149,6 +149,18 @@ def test_the_nearest_flag_or_verb_is_named(arguments, meant, capsys):
     assert f"unrecognized arguments: {' '.join(arguments)} (did you mean {meant}?)" in capsys.readouterr().err
 
 
+def test_a_setting_named_as_in_other_trainers_is_refused_with_its_name_here(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning-rate: 0.1\nbatch_size: 8\n")
+    assert cli.main(["--config", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert "learning_rate: unknown key; it is called lr\n" in message
+    assert "batch_size: unknown key; there are two: effective_batch_size" in message
+    with pytest.raises(SystemExit):
+        cli.main(["--batch-size=8"])
+    assert "arguments: --batch-size=8; there are two: effective_batch_size" in capsys.readouterr().err
+
+
 def test_half_of_what_torchrun_sets_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
