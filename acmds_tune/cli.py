@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = nearest(unknown[0].lstrip("-").partition("=")[0], list(vars(arguments)))
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     logging.basicConfig(level=logging.WARNING, format="acmds-tune: %(message)s", stream=sys.stderr)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; a search that runs has its own
     try:
         return int(arguments.run(arguments))
     except ACMDSError as error:

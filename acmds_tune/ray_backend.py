@@ -182,6 +182,8 @@ def quiet_ray(space: Space, address: str | None = None) -> Iterator[Path]:
                 )
             logging.getLogger("ray").setLevel(logging.CRITICAL)
             yield scratch
+    except SystemExit:  # Ray's own answer to SIGTERM, from its start on
+        raise KeyboardInterrupt from None
     finally:
         if ours:
             gc.collect()  # a Ray object that is collected after the shutdown ends the process

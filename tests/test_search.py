@@ -156,6 +156,11 @@ def test_a_second_ctrl_c_ends_the_search_at_once_and_still_writes_the_page(searc
     assert rows.reason[1] == INTERRUPTED
 
 
+def test_sigterm_while_ray_starts_is_like_ctrl_c() -> None:
+    with pytest.raises(KeyboardInterrupt), quiet_ray(Space()):
+        os.kill(os.getpid(), signal.SIGTERM)  # Ray's own handler would end the process without a word
+
+
 def test_a_search_whose_trials_all_fail_alike_is_ended_early_and_says_why(
     search: Callable[..., SearchResult],
 ) -> None:

@@ -20,7 +20,7 @@ from acmds_optimizer.closed_pipe import EXIT, ends_with_its_reader
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.config import load as load_config
 from acmds_tune import doctor, search
-from acmds_tune.cli import main
+from acmds_tune.cli import INTERRUPTED_EXIT, main
 from acmds_tune.doctor import Finding
 from acmds_tune.journal import hold
 from acmds_tune.objective import Ended
@@ -176,6 +176,18 @@ def test_a_study_is_extended_by_more_trials_and_never_by_fewer(
     assert "write +20 for 20 more" in capsys.readouterr().err
     assert main(["resume", str(study), "--trials", "0"]) == 2
     assert "trials: 0: input should be greater than or equal to 1" in capsys.readouterr().err
+
+
+def test_sigterm_before_the_first_trial_is_said_like_ctrl_c(study: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from acmds_tune import search\n"
+        "from acmds_tune.cli import main\n"
+        "search.run_search = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.exit(main(['resume', {str(study)!r}]))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (INTERRUPTED_EXIT, "acmds-tune: interrupted\n")
 
 
 def test_a_changed_copy_of_the_file_in_the_study_is_refused_with_the_difference(
