@@ -108,13 +108,13 @@ class SearchStudy:
         self._constraints = space.parsed_constraints
         self._order = ordered(space.search) or []
         about = study.user_attrs["acmds"]
-        self.working_directory: str = about["working_directory"]
+        self.working_directory: str = about.get("working_directory", str(Path.cwd()))  # early studies lack it
         """Where relative paths of the settings start, also where the search is resumed from another folder."""
         if not Path(self.working_directory).is_dir():
             logger.warning("%s is gone; relative paths start in %s", self.working_directory, Path.cwd())
             self.working_directory = str(Path.cwd())
         here = [entry or str(Path.cwd()) for entry in sys.path]
-        self.import_path: list[str] = [*here, *(entry for entry in about["import_path"] if entry not in here)]
+        self.import_path: list[str] = [*here, *(entry for entry in about.get("import_path", []) if entry not in here)]
         """Where trials look for the user's own modules: as this process does, then as the first search did."""
 
     # --- beginning

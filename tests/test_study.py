@@ -424,6 +424,16 @@ def test_relative_paths_keep_their_meaning_when_a_search_is_resumed_elsewhere(
     assert resumed(again).working_directory == str(tmp_path)
 
 
+def test_an_early_study_that_does_not_know_where_it_began_is_resumed_from_here(
+    create: Callable[..., SearchStudy],
+) -> None:
+    study = create()
+    about = study._study.user_attrs["acmds"]
+    kept = {name: value for name, value in about.items() if name not in ("working_directory", "import_path")}
+    study._study.set_user_attr("acmds", kept)
+    assert resumed(study).working_directory == str(Path.cwd())
+
+
 def test_a_folder_without_a_study_cannot_be_resumed(tmp_path: Path, space: Callable[..., Space]) -> None:
     with pytest.raises(ConfigError, match=r"it has no journal\.log"):
         SearchStudy.resume(tmp_path, space())
