@@ -83,7 +83,10 @@ def load_again(directory: Path, about: Mapping[str, Any], trials: int) -> Space:
         ConfigError: as `load`.
     """
     overrides = {"name": about["name"], "trials": trials}
-    return load(directory / "study.yaml", overrides=overrides, fixed=about["set"], resumed=True)
+    path = directory / "study.yaml"
+    if not path.exists():
+        path.write_text(about["yaml"], encoding="utf-8")  # the journal has it too
+    return load(path, overrides=overrides, fixed=about["set"], resumed=True)
 
 
 def _apply_set(values: dict[str, Any], fixed: Mapping[str, str], source: Source) -> None:

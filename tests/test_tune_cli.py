@@ -178,6 +178,20 @@ def test_a_study_is_extended_by_more_trials_and_never_by_fewer(
     assert "trials: 0: input should be greater than or equal to 1" in capsys.readouterr().err
 
 
+def test_a_study_is_extended_from_its_journal_alone(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (study / "study.yaml").unlink()
+    asked: list[int] = []
+
+    def run_search(space: Space, *_: Any, **__: Any) -> SearchResult:
+        asked.append(space.trials)
+        return SearchResult(study, None, "", 0)
+
+    monkeypatch.setattr(search, "run_search", run_search)
+    main(["extend", str(study), "--trials", "+1"])
+    assert asked == [3]
+    assert (study / "study.yaml").read_text(encoding="utf-8") == TEXT
+
+
 def test_sigterm_before_the_first_trial_is_said_like_ctrl_c(study: Path) -> None:
     code = (
         "import os, signal, sys\n"
