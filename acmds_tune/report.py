@@ -69,18 +69,19 @@ def load_study(study_dir: str | Path) -> StudyRecord:
     return record(open_study(Path(study_dir)), Path(study_dir))
 
 
-def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
+def importances(study_dir: str | Path, whole: optuna.Study | None = None) -> dict[str, dict[str, float]]:
     """Share of each searched setting in what sets the best tenth of the trials apart, for each objective.
 
     PED-ANOVA (Watanabe et al. 2023) over the trials that ran to their end; empty for fewer than
-    FEWEST_TRIALS_FOR_IMPORTANCES of them. The shares of one objective add up to 1, or are all 0.
+    FEWEST_TRIALS_FOR_IMPORTANCES of them. The shares of one objective add up to 1, or are all 0. `whole` is the
+    study in the folder where it is open already.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     from acmds_tune.storage import open_study
 
-    whole = open_study(Path(study_dir))
+    whole = whole or open_study(Path(study_dir))
     study = record(whole, Path(study_dir))
     done = {trial.number for trial in study.of_stages(SAMPLED) if trial.status in DONE and trial.values is not None}
     if len(done) < FEWEST_TRIALS_FOR_IMPORTANCES:
@@ -298,14 +299,16 @@ def _confirmed(study: StudyRecord, found: Confirmation) -> dict[str, Any]:
     }
 
 
-def write_html(study_dir: str | Path, study: StudyRecord | None = None) -> Path:
-    """Write report.html and importance.csv, and return the path of the page."""
+def write_html(study_dir: str | Path, whole: optuna.Study | None = None) -> Path:
+    """Write report.html and importance.csv, and return the path of the page. `whole` as for `importances`."""
     from acmds_tune.report_html import page  # imports plotly
+    from acmds_tune.storage import open_study
 
     study_dir = Path(study_dir)
-    study = study or load_study(study_dir)
+    whole = whole or open_study(study_dir)  # once: a long journal takes seconds
+    study = record(whole, study_dir)
     path = study_dir / "report.html"
-    shares = importances(study_dir)
+    shares = importances(study_dir, whole)
     write_importances(study_dir, shares)
     write_atomically(path, page(study, study_dir, read_environment(study_dir), shares))
     return path
@@ -313,10 +316,13 @@ def write_html(study_dir: str | Path, study: StudyRecord | None = None) -> Path:
 
 def write_all(study_dir: str | Path) -> TrialRecord | None:
     """Write the tables, best.json and report.html; return the best trial, or None."""
-    study = load_study(study_dir)
+    from acmds_tune.storage import open_study
+
+    whole = open_study(Path(study_dir))
+    study = record(whole, Path(study_dir))
     write_tables(study_dir, study)
     best = write_best(study_dir, study)
-    write_html(study_dir, study)
+    write_html(study_dir, whole)
     return best
 
 

@@ -22,7 +22,7 @@ from optuna.trial import TrialState, create_trial
 from acmds_optimizer.config import TrainConfig, read_file, to_dict
 from acmds_optimizer.engine import columns
 from acmds_optimizer.errors import ConfigError
-from acmds_tune import report, report_figures, report_html
+from acmds_tune import report, report_figures, report_html, storage
 from acmds_tune.columns import EVENT_COLUMNS, STATUSES, trial_columns, with_current_tables
 from acmds_tune.records import choose_best, pareto_front, why_no_best, worst_first
 
@@ -380,6 +380,19 @@ def test_the_page_loads_nothing_from_elsewhere_and_is_under_two_megabytes(mixed:
         "steps_worst",
     }
     assert f"acmds-train --config {mixed.folder.parent.name}/demo/best.json" in page
+
+
+def test_the_journal_is_read_once_for_all_that_is_written(mixed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    opened = storage.open_study
+
+    def counted(folder: Path) -> optuna.Study:
+        read.append(folder)
+        return opened(folder)
+
+    monkeypatch.setattr(storage, "open_study", counted)
+    report.write_all(mixed.folder)
+    assert read == [mixed.folder]
 
 
 def test_text_of_the_user_is_escaped_everywhere(tmp_path: Path) -> None:
