@@ -45,6 +45,11 @@ LABELS = {
 MOST_POINTS = 2000
 """Points of one line; more cannot be told apart on a screen and cost file size."""
 
+MOST_HOVERED = 1000
+"""Trials of a study whose settings are shown beside the mouse; of a larger one the page would be too large."""
+MOST_SLICED = 6000
+"""Points of all slices together; of more trials every second, third ... is drawn."""
+
 
 def label(name: str) -> str:
     """Axis title of a column."""
@@ -83,20 +88,22 @@ def layout(height: int = 360, **more: Any) -> dict[str, Any]:
     }
 
 
-def hover(trial: TrialRecord, searched: Sequence[str]) -> str:
-    """What is shown beside the mouse for one trial."""
+def hover(trial: TrialRecord, study: StudyRecord) -> str:
+    """What is shown beside the mouse for one trial; its settings only where the study is not very large."""
+    if len(study.trials) > MOST_HOVERED:
+        return f"<b>trial {trial.number}</b>"
     figures = trial.figures
     lines = [
         f"<b>trial {trial.number}</b> · {trial.status}",
         f"{number(figures.get('samples_per_second'))} samples/s, {number(figures.get('oom_events'))} OOM events",
-        *(html.escape(f"{name} = {number(trial.config.get(name))}", quote=False) for name in searched[:12]),
+        *(html.escape(f"{name} = {number(trial.config.get(name))}", quote=False) for name in study.searched[:12]),
     ]
     return "<br>".join(lines)
 
 
 def trace(mode: str, name: str, points: Sequence[tuple[Any, Any]], **more: Any) -> Figure:
-    """Lines or markers through (x, y) points."""
-    x, y = [point[0] for point in points], [point[1] for point in points]
+    """Lines or markers through (x, y) points, to six digits."""
+    x, y = ([float(f"{v:.6g}") if isinstance(v, float) else v for v in (p[k] for p in points)] for k in (0, 1))
     return {"type": "scatter", "mode": mode, "name": name, "x": x, "y": y, **more}
 
 
@@ -120,7 +127,7 @@ def scatter(study: StudyRecord, marked: Marked, points: Mapping[int, tuple[float
                 "markers",
                 "feasible" if good else status,
                 [points[trial.number] for trial in trials],
-                text=[hover(trial, study.searched) for trial in trials],
+                text=[hover(trial, study) for trial in trials],
                 hovertemplate="%{text}<extra></extra>",
                 marker={"symbol": symbol, "size": 9, "color": colour, "line": line, "opacity": 0.85},
             )
@@ -235,6 +242,7 @@ def slices(study: StudyRecord) -> Figure | None:
     names = [name for name in study.searched if len({str(row.config.get(name)) for row in rows}) > 1][:12]
     if not names or len(rows) < 2:
         return None
+    rows = rows[:: math.ceil(len(rows) * len(names) / MOST_SLICED)]
     lines = math.ceil(len(names) / columns)
     data, axes = [], {}
     for position, name in enumerate(names):
@@ -264,7 +272,7 @@ def slices(study: StudyRecord) -> Figure | None:
                     legendgroup=str(good),
                     xaxis=f"x{number_}",
                     yaxis=f"y{number_}",
-                    text=[hover(row, study.searched) for row in shown],
+                    text=[hover(row, study) for row in shown],
                     hovertemplate="%{text}<extra></extra>",
                     marker={"size": 7, "color": ACCENT if good else GREY, "opacity": 0.8 if good else 0.5},
                 )

@@ -148,7 +148,8 @@ def comparisons(
         plot(
             "slices",
             "Slices",
-            "The first objective over each searched setting. What rises or falls through all trials matters.",
+            "The first objective over each searched setting. What rises or falls through all trials matters. "
+            "Of thousands of trials every few are drawn.",
             figures.slices(replace(study, trials=study.candidates)),
             "Needs two trials that differ.",
             into,

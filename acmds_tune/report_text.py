@@ -18,7 +18,8 @@ from acmds_tune.report_figures import number
 from acmds_tune.stages import DEFAULT, SAMPLED
 
 MOST_ROWS = 500
-"""Rows of the table of all trials; trials.csv has the rest."""
+MOST_CELLS = 8000
+"""Rows and cells of the table of all trials; trials.csv has the rest."""
 
 NOT_SETTINGS = ("output_dir", "data_dir", "seed")
 """Where files lie and the trial's own seed: not part of what was found."""
@@ -276,8 +277,8 @@ def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
     # columns with a word in them are aligned to the left
     wordy = {n for n in study.searched if any(isinstance(row.config.get(n), (str, bool)) for row in study.trials)}
     aligned = {name: "" if name in ("stage", "status") or name in wordy else " class=n" for name in heads}
-    rows = []
-    for trial in study.trials[:MOST_ROWS]:
+    rows, most = [], min(MOST_ROWS, MOST_CELLS // len(heads))
+    for trial in study.trials[:most]:
         kind = " class=best" if trial is best else "" if trial.feasible else " class=off"
         what = trial.label if trial.stage == "search" else f"{trial.stage} {trial.label}".strip()
         cells = [str(trial.number), what, trial.status, *(figure(trial, name) for name in names), number(trial.seconds)]
@@ -285,7 +286,7 @@ def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
         marked = (f"<td{aligned[name]}>{text(cell)}" for name, cell in zip(heads, cells, strict=True))
         rows.append(f"<tr{kind}>{''.join(marked)}")
     titles = "".join(f"<th{aligned[name]}>{text(name).replace('_', '_<wbr>')}" for name in heads)
-    more = f" Shown: the first {MOST_ROWS} of {len(study.trials)}." if len(study.trials) > MOST_ROWS else ""
+    more = f" Shown: the first {most} of {len(study.trials)}." if len(study.trials) > most else ""
     return (
         f"<section><h2>All trials</h2><p class=muted>Click on a heading to sort.{more} trials.csv beside this page has "
         'more columns; docs/reports.md says what they mean.</p><div class="wide"><table class="trials">'

@@ -382,6 +382,22 @@ def test_the_page_loads_nothing_from_elsewhere_and_is_under_two_megabytes(mixed:
     assert f"acmds-train --config {mixed.folder.parent.name}/demo/best.json" in page
 
 
+def test_the_page_of_thousands_of_trials_with_many_settings_is_under_two_megabytes(mixed: Study) -> None:
+    record, draw = report.load_study(mixed.folder), random.Random(0)
+    best, names = next(trial for trial in record.trials if trial.feasible), [f"setting_{k}" for k in range(30)]
+    trials = [
+        replace(
+            best,
+            number=number,
+            config={**best.config, **{name: draw.random() for name in names}},
+            figures={**best.figures, "samples_per_second": draw.random(), "val_loss": draw.random()},
+        )
+        for number in range(3000)
+    ]
+    page = report_html.page(replace(record, trials=trials, searched=names), mixed.folder, {}, {})
+    assert len(page.encode()) < 2_000_000
+
+
 def test_the_journal_is_read_once_for_all_that_is_written(mixed: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     opened = storage.open_study
