@@ -32,6 +32,9 @@ PRUNED = "pruned: behind other trials at the same point"
 ALIKE = 5
 """So many first trials that all fail for one reason end the search: the next one would fail as well."""
 
+WRITING = 0.1
+"""Share of the time that may go into the tables: where they take longer, they are not written after each trial."""
+
 
 @dataclass
 class _Running:
@@ -70,6 +73,7 @@ class Driver:
         self._durations: list[float] = []
         self._unwritten = False
         """A trial has ended that is not in the tables yet."""
+        self._write_next = 0.0
         self._failures: list[str] | None = []  # reasons of the failed trials while no other has ended
         minutes = space.budget.minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
@@ -164,12 +168,16 @@ class Driver:
         self._display.ended(number, status, replace(ended, reason=self.study.reason(number)))
         self._unwritten = True
         if self.done:
+            self._write_next = 0.0
             self._write()
 
     def _write(self) -> None:
-        if self._unwritten:
+        began = time.monotonic()
+        if self._unwritten and began >= self._write_next:
             self._unwritten = False
             write_data(self.study.directory, self.study.record())
+            # the more trials, the longer it takes: of thousands of short ones it would be most of the time
+            self._write_next = began + (time.monotonic() - began) / WRITING
 
     def abandon(self) -> None:
         """Give up the trials that run: they are rows that do not count, and are tried again when it is resumed."""

@@ -247,6 +247,26 @@ def test_after_ctrl_c_everything_is_written_before_ray_is_called_again(tmp_path:
     assert (tmp_path / "s" / "report.html").is_file()
 
 
+def test_the_tables_of_many_short_trials_take_a_tenth_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = [1000.0], []
+
+    def write(*_: object) -> None:
+        written.append(now[0])
+        now[0] += 0.5
+
+    monkeypatch.setattr("acmds_tune.driver.write_data", write)
+    monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now[0]))
+    driver = new_driver(tmp_path, TEXT.replace("trials: 6", "trials: 20"))
+    while (task := driver.next_task()) is not None:
+        driver.heard(task.number, None)
+        now[0] += 1.0
+        driver.ended(task.number, Ended("ok", "finished", figures(), 1.0))
+    assert len(written) == 5  # after 1, 6, 11 and 16 of the trials, and at the end
+    assert written[-1] == now[0] - 0.5
+
+
 def test_a_search_whose_trials_are_all_run_did_not_end_for_want_of_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
