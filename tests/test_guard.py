@@ -419,6 +419,30 @@ def test_what_the_user_names_besides_is_put_back_though_a_step_writes_into_its_t
     assert int(seen.n_averaged) == 1
 
 
+def test_another_optimizer_is_put_back_after_each_of_several_errors():
+    model, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    second = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))
+    guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), controller, others=(other, second))
+
+    def steps(errors: int) -> None:
+        left = iter(range(errors))
+
+        def attempt(_: int) -> None:
+            second.zero_grad()
+            other(torch.ones(2, 4)).sum().backward()
+            second.step()
+            for _ in left:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        guard.run(attempt, 8)
+
+    steps(0)
+    steps(2)
+    # the gradient of each bias is 2, the momentum after two steps 0.9 * 2 + 2
+    assert second.state[other.bias]["momentum_buffer"].tolist() == pytest.approx([3.8] * 3)
+
+
 def fails_once(step: Callable[[], Any]) -> Callable[[int], None]:
     """An attempt that takes the step, and runs out of memory after it the first time."""
     tries = iter([True])

@@ -373,7 +373,7 @@ class Guard:
                 torch.cuda.set_rng_state(device_rng, device)
             _restore_scaler(self.scaler, scaler_state)
             for other, state in others:
-                other.load_state_dict(state)
+                other.load_state_dict(copy.deepcopy(state))  # an optimizer goes on in the tensors that it is given
 
         return undo
 
