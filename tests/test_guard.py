@@ -443,6 +443,18 @@ def test_another_optimizer_is_put_back_after_each_of_several_errors():
     assert second.state[other.bias]["momentum_buffer"].tolist() == pytest.approx([3.8] * 3)
 
 
+@pytest.mark.parametrize("lr", [1.0, torch.tensor(1.0)])
+def test_a_learning_rate_that_the_failed_attempt_has_set_is_put_back(lr):
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))
+    guard = Guard(model, optimizer, controller, others=(schedule,))
+    optimizer.step()  # without gradients; else the schedule warns
+    guard.run(fails_once(schedule.step), 8)
+    assert (schedule.last_epoch, float(optimizer.param_groups[0]["lr"])) == (1, 0.5)
+
+
 def fails_once(step: Callable[[], Any]) -> Callable[[int], None]:
     """An attempt that takes the step, and runs out of memory after it the first time."""
     tries = iter([True])

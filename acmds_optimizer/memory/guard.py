@@ -354,7 +354,12 @@ class Guard:
         """Keep what forward and backward change; the result puts it back."""
         # the dicts that hold them, since walking the modules costs as much as a small step
         held = [dict(holder) for holder in self._holders]  # a model may put another tensor in the place of a buffer
-        self._buffers.take([b for holder in held for b in holder.values() if b is not None])
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+        ]  # a schedule that the attempt steps sets the learning rate
+        self._buffers.take(
+            [b for holder in [*held, *settings] for b in holder.values() if isinstance(b, torch.Tensor)]
+        )
         cpu_rng = torch.get_rng_state()
         device = self.controller.device
         device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -367,6 +372,8 @@ class Guard:
             for holder, buffers in zip(self._holders, held, strict=True):
                 holder.clear()  # of those that the failed attempt was the first to make, too
                 holder.update(buffers)
+            for group, values in zip(self.optimizer.param_groups, settings, strict=False):
+                group.update(values)
             self._buffers.restore()
             torch.set_rng_state(cpu_rng)
             if device_rng is not None:
