@@ -523,6 +523,23 @@ def test_an_error_without_words_is_recovered_from_too():
     assert [event.message for event in result.events] == [""]
 
 
+@pytest.mark.parametrize("kind", ["adamw_fused", "adamw_foreach"])
+def test_an_error_after_the_optimizers_step_undoes_it_or_says_that_it_cannot(kind):
+    rig = Rig(kind)
+    before = [p.detach().clone() for p in rig.model.parameters()]
+    attempt = fails_once(lambda: rig.attempt(8))
+    if kind == "adamw_fused":
+        with pytest.raises(OutOfMemoryForGoodError, match=r"optimizer_step\(\) be the last thing of the attempt"):
+            rig.guard.run(attempt, 8)
+    else:
+        rig.guard.run(attempt, 8)
+    clean = Rig(kind)
+    clean.steps(1)
+    for now, was, wanted in zip(rig.model.parameters(), before, clean.model.parameters(), strict=True):
+        assert not torch.equal(now, was)
+        assert torch.equal(now, wanted), "taken once, not twice"
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_a_step_that_went_through_is_not_undone_by_the_next_ones_error(outside):
     model = nn.Linear(4, 3)

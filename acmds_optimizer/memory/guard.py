@@ -318,14 +318,17 @@ class Guard:
     def optimizer_step(self) -> None:
         """Step the optimizer (through the scaler, if any) so that a failure in it can be undone.
 
-        To be the last thing of an attempt: a fused step that has been taken is not undone.
+        To be the last thing of an attempt: a fused step that has been taken cannot be undone, so an out-of-memory
+        error after it ends the training.
         """
-        self._undo_optimizer = self._remember_optimizer()
+        self._undo_optimizer, final = self._remember_optimizer()
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
+        if final:
+            self._undo_optimizer = _refuse_to_undo
 
     def _shrink(self, message: str, micro_batch: int, attempt: int, sample_work: float) -> OutOfMemoryEvent:
         peak = self.controller.memory.read().peak_allocated_bytes
@@ -403,8 +406,12 @@ class Guard:
             return None
         return [step for p in parameters if isinstance(step := state[p].get("step"), torch.Tensor)]
 
-    def _remember_optimizer(self) -> Callable[[], None]:
-        """Keep what the optimizer changes, as far as its step can fail half-way."""
+    def _remember_optimizer(self) -> tuple[Callable[[], None], bool]:
+        """Keep what the optimizer changes, as far as its step can fail half-way.
+
+        Returns:
+            What puts it back, and whether it cannot once the step has been taken.
+        """
         earlier = [p for group in self.optimizer.param_groups[:-1] for p in group["params"] if p.grad is not None]
         steps = self._atomic_step_counts()
         if steps is not None and not (earlier and self._copy_on_host):
@@ -418,7 +425,7 @@ class Guard:
                 self._step_counts.restore()
                 copies.restore()
 
-            return undo_fused
+            return undo_fused, True
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         kept = [(p.data, self._copy(p.data)) for p in parameters]
         if self._keep_gradients and self.scaler is not None:  # it unscales them where they are
@@ -448,10 +455,17 @@ class Guard:
             for parameter in fresh:
                 self.optimizer.state.pop(parameter, None)
 
-        return undo
+        return undo, False
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=True) if self._copy_on_host else tensor.detach().clone()
+
+
+def _refuse_to_undo() -> None:
+    raise OutOfMemoryForGoodError(
+        "out of memory, and the optimizer's step has been taken, which cannot be undone: let guard.optimizer_step() be "
+        "the last thing of the attempt, and do what follows it after guard.run"
+    )
 
 
 def _unshared(value: Any) -> Any:
