@@ -89,6 +89,12 @@ def test_python_of_the_documentation_runs(page, number, tmp_path, monkeypatch):
     exec(compiled, {"__name__": "documentation"})
 
 
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", REPOSITORY / "docs" / "own_loop.md"], ids=lambda p: p.name)
+def test_the_loop_asks_for_no_more_samples_than_a_short_last_batch_has(page):
+    loop = next(code for code in fenced(page, "python") if "guard.run(" in code)
+    assert "min(controller.decide().batch, len(inputs))" in loop
+
+
 @pytest.mark.parametrize(
     ("page", "number"), [(page.name, number) for page in PAGES for number in range(len(fenced(page, "yaml")))]
 )

@@ -155,7 +155,7 @@ class Guard:
         ...     for x, y in zip(inputs.split(micro_batch), targets.split(micro_batch)):
         ...         (loss_fn(model(x), y) * len(x) / len(inputs)).backward()
         ...     guard.optimizer_step()
-        >>> guard.run(attempt, controller.decide().batch)
+        >>> guard.run(attempt, min(controller.decide().batch, len(inputs)))
     """
 
     def __init__(
