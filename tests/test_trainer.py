@@ -123,6 +123,34 @@ def test_without_a_number_of_epochs_every_call_trains_one():
     assert samples == list(range(100, 1300, 100))
 
 
+def test_a_learning_rate_that_the_user_sets_between_epochs_is_that_of_the_next_and_of_a_checkpoint():
+    trainer, resumed = make(), make()
+    schedule = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.5)
+    trainer.train_epoch()
+    for expected in (0.005, 0.0025):
+        schedule.step()
+        resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))
+        for one in (trainer, resumed):
+            one.train_epoch()
+            assert one.optimizer.param_groups[0]["lr"] == expected
+        assert torch.equal(weights(resumed), weights(trainer))
+
+
+@pytest.mark.parametrize("config", [CurriculumConfig, functools.partial(TrainConfig, lr_schedule="constant")])
+def test_a_parameter_group_that_is_added_between_epochs_is_trained_with_its_own_rate(config):
+    model = network()
+    head = list(model[3].parameters())
+    optimizer = torch.optim.AdamW(head, lr=0.01, fused=True)
+    settings = config(target_headroom_gb=0.0001, enable_amp=False, max_batch_size=32)
+    trainer = ACMDSTrainer(model, data(), optimizer, settings, "cpu", memory=BudgetedCpuMemory(GIB))
+    trainer.train_epoch()
+    before = model[1].weight.detach().clone()
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.001})
+    trainer.train_epoch()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.001]
+    assert not torch.equal(model[1].weight, before)
+
+
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 32])
 def test_the_micro_batch_does_not_change_what_is_learned(micro_batch):
     fixed = make()

@@ -51,14 +51,15 @@ class LearningRate:
     """Sets the learning rate of every parameter group before a step.
 
     Args:
-        optimizer: its groups' learning rates are the peaks.
-        config: a TrainConfig for its schedule; else the rate is constant.
+        optimizer: its groups' learning rates are the peaks, also those of groups that are added later.
+        config: a TrainConfig for its schedule; else the rates stay as they are, or as others set them between steps.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: CurriculumConfig) -> None:
         self.optimizer = optimizer
         self.config = config
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self._last_lrs, self._factor = list(self.base_lrs), 1.0
         self.drops = 0
         self.best_loss = math.inf
         self.epochs_since_best = 0
@@ -69,6 +70,7 @@ class LearningRate:
         Of several processes `batch` is the mean, so that lr is the rate of the largest step of all together.
         """
         config = self.config
+        self._follow()
         factor = 1.0
         if isinstance(config, TrainConfig):
             factor = schedule_factor(config, progress) * config.lr_decay_factor**self.drops
@@ -77,7 +79,17 @@ class LearningRate:
             factor *= min(1.0, batch / config.max_batch_size) ** power
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        return self.base_lrs[0] * factor
+        self._last_lrs, self._factor = [base * factor for base in self.base_lrs], factor
+        return self._last_lrs[0]
+
+    def _follow(self) -> None:
+        """Take over the rates of new groups, and without a schedule those that others have set since the last step."""
+        lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if not isinstance(self.config, TrainConfig):
+            for number, (lr, last) in enumerate(zip(lrs, self._last_lrs, strict=False)):
+                if lr != last:
+                    self.base_lrs[number] = lr / self._factor
+        self.base_lrs += lrs[len(self.base_lrs) :]
 
     def end_epoch(self, loss: float) -> None:
         """Enter the validation loss of an epoch (the training loss without validation), for `plateau`."""
@@ -93,15 +105,17 @@ class LearningRate:
             self.epochs_since_best = 0
 
     def state_dict(self) -> dict[str, Any]:
+        self._follow()
         return {
-            "base_lrs": self.base_lrs,
+            "base_lrs": list(self.base_lrs),
             "drops": self.drops,
             "best_loss": self.best_loss,
             "epochs_since_best": self.epochs_since_best,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
+        """Continue from `state_dict()`; the optimizer has to be loaded before."""
         self.base_lrs = list(state["base_lrs"])
+        self._last_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.drops = state["drops"]
         self.best_loss, self.epochs_since_best = state["best_loss"], state["epochs_since_best"]

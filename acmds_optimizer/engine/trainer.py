@@ -55,7 +55,8 @@ class ACMDSTrainer:
     Args:
         model: maps inputs (B, ...) to logits (B, C). Moved to the device.
         dataset: map-style, of (image, label); a DifficultyAwareDataset keeps its scores.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters. Between epochs groups may be added, and rates set unless `config` is a
+            TrainConfig, whose schedule sets them.
         config: CurriculumConfig, or a TrainConfig for its epochs and schedules.
         device_id: CUDA device number, `"cuda:N"`, or `"cpu"` for a card on the CPU with a budget.
         val_dataset: for `evaluate`; None: none.
