@@ -263,6 +263,18 @@ def test_what_a_failed_epoch_left_pending_is_not_of_the_run_that_goes_on_from_a_
     assert torch.equal(failed.dataset.difficulty_scores, fresh.dataset.difficulty_scores)
 
 
+def test_one_state_can_be_gone_back_to_twice():
+    trainer = make()
+    trainer.train_epoch()
+    state = copy.deepcopy(trainer.state_dict())
+    ends = []
+    for _ in range(2):
+        trainer.load_state_dict(state)
+        trainer.train_epoch()
+        ends.append(weights(trainer).clone())
+    assert torch.equal(*ends)
+
+
 def test_the_monitor_keeps_the_newest_readings_and_stops():
     trainer = make()
     before = threading.active_count()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +49,9 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         if len(of_ranks := state.get("ranks", ())) == trainer.ranks.world_size > 1:
             state = {**state, **of_ranks[trainer.ranks.rank]}
         for name in _PARTS:
-            getattr(trainer, name).load_state_dict(state[name])
+            # an optimizer goes on in the tensors that it is given, which may be loaded again
+            part = copy.deepcopy(state[name]) if name == "optimizer" else state[name]
+            getattr(trainer, name).load_state_dict(part)
             if name == "feedback":  # by which the sampler, the next part, plans
                 trainer.sampler.flagged = trainer.feedback.ignored
         trainer.scores.drop()
