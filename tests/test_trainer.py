@@ -244,6 +244,23 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step():
         trainer.train_epoch()
 
 
+@pytest.mark.parametrize(
+    ("loss_fn", "given"),
+    [
+        (nn.CrossEntropyLoss(), r"\(\)"),
+        (lambda logits, _: logits.square(), r"\(4, 2\)"),
+        (lambda logits, _: (logits.sum(1), logits), "a tuple"),
+    ],
+)
+def test_a_loss_function_that_gives_no_loss_of_each_sample_is_refused(loss_fn, given):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = CurriculumConfig(target_headroom_gb=0.0001, enable_amp=False)
+    trainer = ACMDSTrainer(model, data(), optimizer, settings, "cpu", memory=BudgetedCpuMemory(GIB), loss_fn=loss_fn)
+    with pytest.raises(DataError, match=rf'each sample, of shape \(4,\), but gave {given}: use reduction="none"'):
+        trainer.train_epoch()
+
+
 def test_what_a_failed_epoch_left_pending_is_not_of_the_run_that_goes_on_from_a_checkpoint():
     failed, fresh = make(curriculum_alpha=0.5), make(curriculum_alpha=0.5)
     state = copy.deepcopy(failed.state_dict())

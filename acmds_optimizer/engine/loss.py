@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from acmds_optimizer.config import CurriculumConfig, TrainConfig
 from acmds_optimizer.engine.batches import Batch
-from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.errors import ConfigError, DataError
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,9 +36,18 @@ class TrainingLoss:
             logits: (B, C) float32.
             targets: (B,) int64, each sample's own label.
             soft: (B, at most C) float32 targets of mixed samples; None: nothing is mixed.
+
+        Raises:
+            DataError: `own` gives something else than one loss a sample.
         """
         if soft is None and not self.label_smoothing:
             losses = self.own(logits, targets)
+            given = tuple(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            if given != (len(logits),):
+                raise DataError(
+                    f"loss_fn must give a loss for each sample, of shape ({len(logits)},), but gave {given}: use "
+                    'reduction="none", and where a sample has several losses their mean(dim=1)'
+                )
             return losses, losses.detach()
         if soft is not None and soft.shape[1] < logits.shape[1]:  # a model may have outputs that no label uses
             soft = nn.functional.pad(soft, (0, logits.shape[1] - soft.shape[1]))

@@ -360,9 +360,7 @@ class Guard:
         settings = [
             {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
         ]  # a schedule that the attempt steps sets the learning rate
-        self._buffers.take(
-            [b for holder in [*held, *settings] for b in holder.values() if isinstance(b, torch.Tensor)]
-        )
+        self._buffers.take([b for holder in [*held, *settings] for b in holder.values() if isinstance(b, torch.Tensor)])
         cpu_rng = torch.get_rng_state()
         device = self.controller.device
         device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
