@@ -499,3 +499,10 @@ def test_a_data_set_without_length_is_an_error():
 
     with pytest.raises(DataError, match="Endless has no length"):
         describe(Endless())
+
+
+def test_a_loader_in_the_place_of_its_data_set_is_refused_with_what_to_give():
+    data = TensorDataset(torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))
+    loader: Any = torch.utils.data.DataLoader(data, batch_size=2)
+    with pytest.raises(DataError, match=r"DataLoader has no __getitem__.*give its \.dataset"):
+        describe(loader)

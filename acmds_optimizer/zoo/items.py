@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import VisionDataset
 
 from acmds_optimizer.errors import DataError
@@ -139,7 +139,7 @@ def length(dataset: Dataset[Any]) -> int:
     """Number of items.
 
     Raises:
-        DataError: there are none, or the data set has no length.
+        DataError: there are none, or the data set has no length or no items by number.
     """
     try:
         count = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not promise a length
@@ -147,6 +147,9 @@ def length(dataset: Dataset[Any]) -> int:
         raise DataError(
             f"{type(dataset).__name__} has no length: a data set must have __len__ and __getitem__ (map style)"
         ) from None
+    if not hasattr(dataset, "__getitem__"):
+        kept = "; give its .dataset, since batches are cut here" if isinstance(dataset, DataLoader) else ""
+        raise DataError(f"{type(dataset).__name__} has no __getitem__: a data set must have it (map style){kept}")
     if count == 0:
         raise DataError(f"the data set ({type(dataset).__name__}) is empty")
     return count
