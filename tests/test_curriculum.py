@@ -222,3 +222,13 @@ def test_resuming_in_the_middle_of_an_epoch_equals_not_stopping():
     got += list(resumed)
     assert got == expected
     assert next(iter(resumed)) == expected[0], "the next epoch starts at its beginning"
+
+
+def test_batches_that_a_loader_has_asked_for_ahead_are_not_lost_by_who_says_what_was_trained_on():
+    dataset = DifficultyAwareDataset(NUMBERS)
+    sampler = AdaptiveCurriculumSampler(dataset, controller(max_batch_size=8))
+    ahead = iter(sampler)
+    expected = [next(ahead) for _ in range(7)]  # as two workers do, while the third batch is trained on
+    resumed = AdaptiveCurriculumSampler(dataset, controller(max_batch_size=8))
+    resumed.load_state_dict(sampler.state_dict(trained=24))
+    assert list(resumed)[:4] == expected[3:]

@@ -153,12 +153,17 @@ class AdaptiveCurriculumSampler(Sampler[list[int]]):
             raise TypeError("with batch_policy free the number of batches is not known ahead; see num_samples")
         return math.ceil(self.num_samples / self.config.step_samples)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The plan and the position in it, so that an epoch can be resumed in its middle."""
+    def state_dict(self, trained: int | None = None) -> dict[str, Any]:
+        """The plan and the position in it, so that an epoch can be resumed in its middle.
+
+        Args:
+            trained: samples of this epoch that have been trained on; None: all that have been handed out. With workers
+                a DataLoader asks for batches ahead, which would be lost.
+        """
         return {
             "epoch": self.epoch,
             "progress": self.progress,
-            "position": self.position,
+            "position": self.position if trained is None else trained,
             "order": torch.from_numpy(self.plan.order),
             "weights": torch.from_numpy(self.plan.weights),
         }
