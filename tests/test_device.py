@@ -113,3 +113,12 @@ def test_a_limit_on_cuda_caps_the_process_with_an_error_that_can_be_caught():
         assert memory.read().out_of_memory_errors >= 1
     finally:
         memory.close()
+
+
+def test_what_is_used_after_the_card_was_closed_counts_once():
+    memory, held = BudgetedCpuMemory(2**20), torch.zeros(256)
+    memory.track(held)
+    memory.close()
+    with memory.watch():
+        held.add_(1)
+    assert memory.read().allocated_bytes == 1024

@@ -197,6 +197,7 @@ class BudgetedCpuMemory(MemoryDevice):
 
     def close(self) -> None:
         self._seen.clear()
+        self._live_bytes = 0  # else what is used again would count twice
 
     def _count(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != "cpu":
