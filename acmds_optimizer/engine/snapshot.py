@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from acmds_optimizer.config import to_dict
 from acmds_optimizer.engine.checkpoint import briefly
@@ -49,8 +49,9 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         if len(of_ranks := state.get("ranks", ())) == trainer.ranks.world_size > 1:
             state = {**state, **of_ranks[trainer.ranks.rank]}
         for name in _PARTS:
-            # an optimizer goes on in the tensors that it is given, which may be loaded again
-            part = copy.deepcopy(state[name]) if name == "optimizer" else state[name]
+            part = state[name]
+            if name == "optimizer":  # goes on in the tensors that it is given where they need not be moved
+                part = tree_map(lambda leaf: _own(leaf, trainer.device), part)
             getattr(trainer, name).load_state_dict(part)
             if name == "feedback":  # by which the sampler, the next part, plans
                 trainer.sampler.flagged = trainer.feedback.ignored
@@ -76,3 +77,8 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint does not fit this model, optimizer or data set: {briefly(error)}"
         ) from None
+
+
+def _own(leaf: Any, device: torch.device) -> Any:
+    """A copy of a tensor on `device` or of a count, so that what it was loaded from can be loaded again."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) and (leaf.device == device or leaf.dim() == 0) else leaf
