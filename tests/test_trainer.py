@@ -201,7 +201,7 @@ def test_no_sample_is_lost_or_repeated_while_a_neighbour_comes_and_goes():
 
 def test_the_batch_shrinks_for_a_neighbour_and_grows_back():
     memory = BudgetedCpuMemory(900_000)
-    trainer = make(memory, batch_policy="free", max_batch_size=512, dataset=data(20_000))
+    trainer = make(memory, batch_policy="free", max_batch_size=512, dataset=data(6_000))
     trainer.train_epoch()
     alone = trainer.controller.batch_size
     memory.neighbour_bytes = 500_000
