@@ -64,25 +64,30 @@ def load_study(study_dir: str | Path) -> StudyRecord:
     Raises:
         ConfigError: there is no journal in `study_dir`, or it holds no study.
     """
+    return _read(study_dir)[1]
+
+
+def _read(study_dir: str | Path) -> tuple[optuna.Study, StudyRecord]:
+    """The study as Optuna has it, and its record: together, since it takes seconds to read a long journal."""
     from acmds_tune.storage import open_study  # imports Optuna
 
-    return record(open_study(Path(study_dir)), Path(study_dir))
+    whole = open_study(Path(study_dir))
+    return whole, record(whole, Path(study_dir))
 
 
-def importances(study_dir: str | Path, whole: optuna.Study | None = None) -> dict[str, dict[str, float]]:
+def importances(study_dir: str | Path) -> dict[str, dict[str, float]]:
     """Share of each searched setting in what sets the best tenth of the trials apart, for each objective.
 
     PED-ANOVA (Watanabe et al. 2023) over the trials that ran to their end; empty for fewer than
-    FEWEST_TRIALS_FOR_IMPORTANCES of them. The shares of one objective add up to 1, or are all 0. `whole` is the
-    study in the folder where it is open already.
+    FEWEST_TRIALS_FOR_IMPORTANCES of them. The shares of one objective add up to 1, or are all 0.
     """
+    return _importances(*_read(study_dir))
+
+
+def _importances(whole: optuna.Study, study: StudyRecord) -> dict[str, dict[str, float]]:
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    from acmds_tune.storage import open_study
-
-    whole = whole or open_study(Path(study_dir))
-    study = record(whole, Path(study_dir))
     done = {trial.number for trial in study.of_stages(SAMPLED) if trial.status in DONE and trial.values is not None}
     if len(done) < FEWEST_TRIALS_FOR_IMPORTANCES:
         return {}
@@ -299,16 +304,16 @@ def _confirmed(study: StudyRecord, found: Confirmation) -> dict[str, Any]:
     }
 
 
-def write_html(study_dir: str | Path, whole: optuna.Study | None = None) -> Path:
-    """Write report.html and importance.csv, and return the path of the page. `whole` as for `importances`."""
-    from acmds_tune.report_html import page  # imports plotly
-    from acmds_tune.storage import open_study
+def write_html(study_dir: str | Path) -> Path:
+    """Write report.html and importance.csv, and return the path of the page."""
+    return _write_html(Path(study_dir), *_read(study_dir))
 
-    study_dir = Path(study_dir)
-    whole = whole or open_study(study_dir)  # once: a long journal takes seconds
-    study = record(whole, study_dir)
+
+def _write_html(study_dir: Path, whole: optuna.Study, study: StudyRecord) -> Path:
+    from acmds_tune.report_html import page  # imports plotly
+
     path = study_dir / "report.html"
-    shares = importances(study_dir, whole)
+    shares = _importances(whole, study)
     write_importances(study_dir, shares)
     write_atomically(path, page(study, study_dir, read_environment(study_dir), shares))
     return path
@@ -316,13 +321,10 @@ def write_html(study_dir: str | Path, whole: optuna.Study | None = None) -> Path
 
 def write_all(study_dir: str | Path) -> TrialRecord | None:
     """Write the tables, best.json and report.html; return the best trial, or None."""
-    from acmds_tune.storage import open_study
-
-    whole = open_study(Path(study_dir))
-    study = record(whole, Path(study_dir))
+    whole, study = _read(study_dir)
     write_tables(study_dir, study)
     best = write_best(study_dir, study)
-    write_html(study_dir, whole)
+    _write_html(Path(study_dir), whole, study)
     return best
 
 
