@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from acmds_optimizer import __version__
 from acmds_optimizer.closed_pipe import ends_with_its_reader
-from acmds_optimizer.config import OTHER_NAMES, TrainConfig, field_help, field_types, load, read_file
+from acmds_optimizer.config import TrainConfig, field_help, field_types, hint, load, read_file
 from acmds_optimizer.errors import ACMDSError, ConfigError
 
 if TYPE_CHECKING:
@@ -157,9 +157,8 @@ def _train_or_evaluate(argv: Sequence[str]) -> int:
 
 def _nearest(word: str, names: list[str]) -> str:
     """` (did you mean --x?)` for the closest flag or verb, or what others' flag is called here, or nothing."""
-    name = word.partition("=")[0].lstrip("-").replace("-", "_")
-    if name in OTHER_NAMES:
-        return f"; {OTHER_NAMES[name]}"
+    if said := hint(word.partition("=")[0].lstrip("-"), []):
+        return said
     flags = ["--" + name.replace("_", "-") for name in names]
     matches = difflib.get_close_matches(word.partition("=")[0], [*flags, *VERBS], n=1, cutoff=0.7)
     return f" (did you mean {matches[0]}?)" if matches else ""
