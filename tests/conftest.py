@@ -1,9 +1,11 @@
-"""What all tests share: the `gpu` marker, one thread a process, no log of another test, little garbage to scan."""
+"""What all tests share: the `gpu` marker, one thread a process, no log of another test, little garbage to scan,
+a fork server where it is asked for."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing.forkserver
 import os
 from collections.abc import Iterator
 
@@ -32,6 +34,15 @@ def _what_is_imported_is_no_garbage() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()  # else what is frozen at the end of the process is reported as leaked
+
+
+@pytest.fixture(scope="module")
+def own_fork_server() -> Iterator[None]:
+    """A fork server that imports what this module asks for: there is one a process, and it keeps what it had first."""
+    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]  # private, and without another way
+    server._stop()
+    yield
+    server._stop()
 
 
 @pytest.fixture(autouse=True)

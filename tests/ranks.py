@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from acmds_optimizer import ACMDSError, ACMDSTrainer, BudgetedCpuMemory, TrainConfig
+from acmds_optimizer import ACMDSError, ACMDSTrainer, BudgetedCpuMemory, TrainConfig, run_training
+from acmds_optimizer.errors import ConfigError
 
 PLENTY = 2**30
 A_THIRD = 150_000
@@ -226,9 +227,19 @@ def hopeless(rank: int) -> dict[str, Any]:
     return {"error": ""}
 
 
+def differ(rank: int) -> dict[str, Any]:
+    """The processes are started with settings of their own, before anything is read or written."""
+    config = TrainConfig(model="small_cnn", dataset="no such data", device="cpu", lr=rank + 0.5)
+    try:
+        run_training(config, output_dir=Path("no such folder"))
+    except ConfigError as error:
+        return {"error": str(error), "made": Path("no such folder").exists()}
+    return {"error": ""}
+
+
 SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
-    equal, struck, struck_optimizer, free, noisy, sometimes, sliced, normalised, own_start, cut_off, few, stopped,
-    hopeless,
+    differ, equal, struck, struck_optimizer, free, noisy, sometimes, sliced, normalised, own_start, cut_off, few,
+    stopped, hopeless,
 ]  # fmt: skip
 
 
@@ -249,7 +260,8 @@ def _play(rank: int, world: int, folder: str, names: list[str]) -> None:
 
 def play(world: int, names: list[str], timeout_s: float = 120.0) -> list[dict[str, Any]]:
     """Play scenarios on `world` processes; what each saw, by scenario."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["acmds_optimizer.engine.run"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [context.Process(target=_play, args=(rank, world, folder, names)) for rank in range(world)]
         for process in processes:

@@ -6,7 +6,6 @@ import csv
 import importlib.util
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -167,14 +166,13 @@ def test_lightnings_search_takes_images_within_its_steps_alone_and_leaves_nothin
 def bench(folder: Path, *arguments: str) -> dict[tuple[str, str], dict[str, str]]:
     """Rows of a small table by (scenario, system)."""
     out = folder / "table.csv"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "benchmarks.memory", "--device", "cpu", "--out", str(out), "--max-batch", "32",
-            "--cap-gb", "0.0107", "--headroom-gb", "0.0015", "--first-images", "150", *arguments,
-        ],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    given = [
+        "--device", "cpu", "--out", str(out), "--max-batch", "32", "--cap-gb", "0.0107", "--headroom-gb", "0.0015",
+        "--first-images", "150", *arguments,
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # is put back
+        assert memory.main(given) == 0
     with out.open(newline="") as file:
         reader = csv.DictReader(file)
         assert reader.fieldnames == list(memory.COLUMNS)
@@ -182,7 +180,7 @@ def bench(folder: Path, *arguments: str) -> dict[tuple[str, str], dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(tmp_path_factory, own_fork_server):
     folder = tmp_path_factory.mktemp("bench")
     rows = bench(
         folder, "--scenarios", "neighbour", "--systems", ",".join(SYSTEMS), "--images", "500",
@@ -241,7 +239,7 @@ def test_the_facts_and_the_picture_are_beside_the_table(table):
         assert (folder / "plot_steps.csv").read_text().startswith("system,seconds,")
 
 
-def test_ours_follows_growing_images_through_the_controller_alone(tmp_path):
+def test_ours_follows_growing_images_through_the_controller_alone(tmp_path, own_fork_server):
     row = bench(tmp_path, "--scenarios", "growing", "--systems", "ours", "--images", "600")["growing", "ours"]
     assert (row["status"], row["oom_escaped"], float(row["done_fraction"])) == ("ok", "0", 1.0)
     assert int(row["distinct_sizes"]) >= 2

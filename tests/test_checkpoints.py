@@ -6,10 +6,10 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,8 +27,8 @@ from acmds_optimizer.engine.evaluate import Best
 from acmds_optimizer.engine.run import make_model
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_optimizer.zoo.datasets import build_data
+from acmds_tune.child import DATASET_MODULES, TRAINER_MODULES
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 BITWISE: dict[str, Any] = {"knee_gain_fraction": 0.0, "seed": 3}
 """The micro-batch must not follow the clock where two runs are to be equal to the last bit."""
 
@@ -205,10 +205,38 @@ def test_a_run_killed_after_its_last_step_validates_once_when_it_goes_on(setting
     assert epochs[0] == epochs[1]
 
 
+def command(arguments: list[str], error: str) -> None:
+    with Path(error).open("w", buffering=1, encoding="utf-8") as sys.stderr:
+        sys.exit(cli.main(arguments))
+
+
+class Command:
+    """acmds-train in a process of its own: a fork of one that has imported what it needs, so that it starts at once."""
+
+    def __init__(self, *arguments: str, error: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*TRAINER_MODULES, *DATASET_MODULES["digits"], "pytest"])
+        self._error = error
+        self._process = context.Process(target=command, args=(list(arguments), str(error)))
+        self._process.start()
+
+    @property
+    def running(self) -> bool:
+        return self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        if self.running:
+            os.kill(self._process.pid or 0, number)
+
+    def end(self) -> tuple[int | None, str]:
+        """Exit code, and what it wrote to stderr."""
+        self._process.join(120)
+        return self._process.exitcode, self._error.read_text(encoding="utf-8")
+
+
 def kill_and_resume(run: Path, settings: dict[str, Any], moments: list[float], number: signal.Signals) -> int:
     """Train in processes that are killed so many seconds after the training began; how often that happened."""
     flags = [item for key, value in settings.items() for item in (f"--{key.replace('_', '-')}", str(value))]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     killed = 0
     for moment in [*moments, None]:
         start = ["--resume", str(run)] if (run / "checkpoint.pt").exists() else ["--output-dir", str(run), *flags]
@@ -216,21 +244,18 @@ def kill_and_resume(run: Path, settings: dict[str, Any], moments: list[float], n
             for path in run.iterdir():  # killed before the first checkpoint: as a user would, start again
                 path.unlink()
         before = (run / "checkpoint.pt").stat().st_mtime_ns if (run / "checkpoint.pt").exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "-m", "acmds_optimizer.cli", "--quiet", "--no-enable-amp", *start],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        process = Command("--quiet", "--no-enable-amp", *start, error=run.with_suffix(".txt"))
         if moment is not None:
-            while process.poll() is None and not (
+            while process.running and not (
                 (run / "checkpoint.pt").exists() and (run / "checkpoint.pt").stat().st_mtime_ns > before
             ):
                 time.sleep(0.01)
             time.sleep(moment)
-            killed += process.poll() is None
-            process.send_signal(number)
-        _, error = process.communicate(timeout=120)
+            killed += process.running
+            process.send(number)
+        code, error = process.end()
         assert "Traceback" not in error, error
-    assert process.returncode == 0
+    assert code == 0
     return killed
 
 
@@ -241,12 +266,12 @@ KILLED: dict[str, Any] = {
 
 
 KILLS = int(os.environ.get("ACMDS_KILLS", "1"))
-SIGNALS = [signal.SIGKILL, signal.SIGTERM] if KILLS > 1 else [signal.SIGKILL]  # SIGTERM has a test of its own
+SIGNALS = [signal.SIGKILL, signal.SIGTERM] if KILLS > 1 else [signal.SIGKILL]  # SIGTERM has a test of its own below
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.timeout(60 + 30 * KILLS)
-def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(number, tmp_path):
+def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(number, tmp_path, own_fork_server):
     """By hand: ACMDS_KILLS=10 pytest tests/test_checkpoints.py -k killed_at."""
     settings = KILLED | {"epochs": 6 * KILLS}
     chance = random.Random(KILLS)
@@ -254,6 +279,23 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_one_that_was_not(numb
     assert happened == KILLS
     run_training(config(**settings), output_dir=tmp_path / "whole")
     assert_same_training(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_can_be_resumed(number, tmp_path, own_fork_server):
+    run = tmp_path / "run"
+    flags = [item for name in ("model", "dataset", "device") for item in (f"--{name}", KILLED[name])]
+    process = Command(*flags, "--output-dir", str(run), "--epochs", "500", error=tmp_path / "error.txt")
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send(number)
+    code, error = process.end()
+    assert code == 130
+    assert f"acmds-train --resume {run}" in error
+    before = len((run / "steps.csv").read_text().splitlines())
+    assert cli.main(["--resume", str(run), "--max-steps", str(before + 10), "--quiet"]) == 0
+    assert len((run / "steps.csv").read_text().splitlines()) == before + 10 + 1
 
 
 @pytest.mark.parametrize("content", ["truncated", "foreign"])

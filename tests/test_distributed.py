@@ -137,7 +137,7 @@ def test_a_part_of_an_epoch_is_augmented_as_in_the_whole_of_it(resident):
 
 
 @pytest.fixture(scope="module")
-def two() -> list[dict[str, Any]]:
+def two(own_fork_server) -> list[dict[str, Any]]:
     results = ranks.play(2, [scenario.__name__ for scenario in ranks.SCENARIOS])
     for seen in results:
         for name, result in seen.items():
@@ -166,7 +166,7 @@ def test_two_processes_one_with_little_memory_learn_what_one_process_does(two):
     assert second < first == 64, "the card with little memory takes smaller micro-batches"
 
 
-def test_three_processes_with_different_memory_learn_what_one_process_does():
+def test_three_processes_with_different_memory_learn_what_one_process_does(own_fork_server):
     expected = ranks.fitted(ema_decay=0.9)
     for seen in ranks.play(3, ["equal"]):
         assert_equals(seen["equal"], expected)
@@ -253,6 +253,12 @@ def test_a_run_of_two_goes_on_with_one(two):
     assert_equals(ranks.facts(trainer), ranks.fitted())
 
 
+def test_settings_that_differ_are_named_before_anything_is_read_or_written(two):
+    for seen in two:
+        assert "lr must be the same in all processes, but is 0.5 and 1.5" in seen["differ"]["error"]
+        assert not seen["differ"]["made"]
+
+
 def test_a_process_that_gives_up_ends_all(two):
     first, second = (seen["hopeless"] for seen in two)
     assert second["error"].startswith("OutOfMemoryForGoodError: out of memory")
@@ -333,19 +339,6 @@ def test_a_killed_process_ends_all_and_nothing_hangs(tmp_path):
     assert process.returncode != 0
     assert "acmds_optimizer/engine" not in output, "a traceback of ours"
     assert (folder / "checkpoint.pt").exists()
-
-
-def test_settings_that_differ_are_named(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import os, sys\nfrom acmds_optimizer.cli import main\n"
-        "sys.exit(main([*sys.argv[1:], '--lr', os.environ['RANK'] + '.5']))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    ran = subprocess.run([*command, *TRAIN], capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
-    assert ran.returncode != 0
-    assert "lr must be the same in all processes, but is 0.5 and 1.5" in ran.stderr
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def run(script: str, *arguments: str) -> tuple[str, dict[str, Any]]:
-    """All that an example prints, and the JSON in its last line."""
-    paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "examples" / script), *arguments],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+    """All that an example prints, and the JSON in its last line; with arguments in a process of its own."""
+    argv = [str(REPOSITORY / "examples" / script), *arguments]
+    if arguments:
+        paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:  # which is there already, with all that the example imports
+        with (
+            pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stream,
+            warnings.catch_warnings(), torch.random.fork_rng(),
+        ):  # fmt: skip
+            patch.setattr(sys, "argv", argv)
+            runpy.run_path(argv[0], run_name="__main__")
+        printed = stream.getvalue()
+    return printed, json.loads(printed.splitlines()[-1])
 
 
 def check(figures: dict[str, Any], errors: int = 1) -> None:
