@@ -8,6 +8,7 @@ import logging
 import multiprocessing.forkserver
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def _what_is_imported_is_no_garbage() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def own_fork_server() -> Iterator[None]:
     """A fork server that imports what this module asks for: there is one a process, and it keeps what it had first."""
-    server = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]  # private, and without another way
+    server: Any = multiprocessing.forkserver._forkserver  # private: there is no other way
     server._stop()
     yield
     server._stop()

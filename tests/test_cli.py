@@ -224,7 +224,7 @@ def test_names_of_folders_and_files_need_not_be_text(tmp_path, monkeypatch):
             stream.flush()
         return code, streams["stdout"].buffer.getvalue(), streams["stderr"].buffer.getvalue()
 
-    flags = [*CPU, "--epochs", "1", "--output-dir", b"run\xfe", "--log-file", "log"]
+    flags: list[str | bytes] = [*CPU, "--epochs", "1", "--output-dir", b"run\xfe", "--log-file", "log"]
     code, _, error = run(*flags, "--dataset", folder)
     assert (code, b"Logging error" in error) == (0, False), error.decode(errors="replace")
     assert "6 images to train on" in (tmp_path / "log").read_text(encoding="utf-8")

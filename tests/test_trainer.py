@@ -227,6 +227,25 @@ def test_the_event_of_a_neighbour_on_a_small_card_says_how_much_it_took(monkeypa
     assert said == ["neighbour_change: the budget changed by -0.000466 GB"]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["a part", "all of it"])
+def test_what_is_in_evaluation_mode_within_a_model_stays_so_over_training_and_validation(whole):
+    frozen, trained = nn.BatchNorm1d(20), nn.BatchNorm1d(20)
+    model = nn.Sequential(frozen, trained, nn.Dropout(0.5), nn.Linear(20, 2))
+    frozen.eval()
+    if whole:
+        model.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = CurriculumConfig(target_headroom_gb=0.0001, enable_amp=False)
+    memory = BudgetedCpuMemory(GIB)
+    with ACMDSTrainer(model, data(), optimizer, settings, memory=memory, val_dataset=data(30)) as trainer:
+        for _ in range(2):
+            trainer.train_epoch()
+            trainer.evaluate()
+    assert [module.training for module in model.modules()] == [True, whole, True, True, True]
+    assert torch.equal(frozen.get_buffer("running_mean"), torch.zeros(20)) != whole
+    assert not torch.equal(trained.get_buffer("running_mean"), torch.zeros(20))
+
+
 def test_a_model_that_does_not_fit_ends_with_advice():
     memory = BudgetedCpuMemory(120_000)
     trainer = make(memory, target_headroom_gb=0.00001)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from acmds_optimizer.engine.batches import DataSource
 from acmds_optimizer.engine.distributed import Ranks, naming_failures
+from acmds_optimizer.engine.prepare import evaluating
 from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.guard import is_out_of_memory
@@ -116,9 +117,7 @@ def _evaluate(
     from torchmetrics.classification import MulticlassAccuracy
 
     metrics: dict[str, Metric] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         order = np.arange(len(source))
         together = len(order) >= ranks.world_size > 1
         if together:
@@ -144,6 +143,4 @@ def _evaluate(
                         metric.update(loss_fn(logits, batch.targets))
                     else:
                         metric.update(logits, batch.targets)
-    finally:
-        model.train(training)
     return metrics

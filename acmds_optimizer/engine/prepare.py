@@ -155,6 +155,39 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
     return run
 
 
+Modes = list[tuple[nn.Module, bool]]
+"""Modules, a parent before its parts, and whether each trains."""
+
+
+def training_modes(model: nn.Module) -> Modes:
+    """Which modules are to train: all, but for those in evaluation mode within a model that is not in it itself."""
+    if not model.training:
+        model.train()
+    return _modes_of(model)
+
+
+def _modes_of(model: nn.Module) -> Modes:
+    return [(module, module.training) for module in model.modules()]
+
+
+def put_into(modes: Modes) -> None:
+    """Put each module into its mode, by its own `train`: some do more there than to note it."""
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each module is in the mode that it had."""
+    modes = _modes_of(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        put_into(modes)
+
+
 @contextmanager
 def running_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm layers as in evaluation: for one sample whose maps are 1x1, which has no statistics of its own."""

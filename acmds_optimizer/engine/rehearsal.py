@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.prepare import evaluating
 from acmds_optimizer.engine.step import StepClock, TrainStep
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.memory.guard import OutOfMemoryEvent, is_out_of_memory
@@ -90,9 +91,8 @@ def check_size(train_step: TrainStep, batch: Batch) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    train_step.model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(train_step.model), torch.no_grad():
             train_step.logits(batch.inputs[:1])
     except (RuntimeError, AssertionError, ValueError) as error:
         if is_out_of_memory(error):
@@ -100,5 +100,3 @@ def check_size(train_step: TrainStep, batch: Batch) -> None:
         size = "x".join(str(side) for side in batch.inputs.shape[2:])
         message = f"the model cannot take images of {size} px ({error}); leave start_resolution at 1"
         raise ConfigError("start_resolution", [message]) from error
-    finally:
-        train_step.model.train()

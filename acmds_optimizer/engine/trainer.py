@@ -30,7 +30,13 @@ from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import wanted_graphs
 from acmds_optimizer.engine.growth import GrowingImages
 from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss, relabelled
-from acmds_optimizer.engine.prepare import check_optimizer, checkpoint_activations, set_up_cuda
+from acmds_optimizer.engine.prepare import (
+    check_optimizer,
+    checkpoint_activations,
+    put_into,
+    set_up_cuda,
+    training_modes,
+)
 from acmds_optimizer.engine.rehearsal import check_size, rehearse
 from acmds_optimizer.engine.schedule import LearningRate
 from acmds_optimizer.engine.scores import PendingScores
@@ -53,7 +59,8 @@ class ACMDSTrainer:
     """Trains a classifier with a held memory headroom and a curriculum.
 
     Args:
-        model: maps inputs (B, ...) to logits (B, C). Moved to the device.
+        model: maps inputs (B, ...) to logits (B, C). Moved to the device. Parts of it in evaluation mode, such as
+            frozen normalisations, stay so; where the whole model is in it, all of it is to train.
         dataset: map-style, of (image, label); a DifficultyAwareDataset keeps its scores.
         optimizer: over the model's parameters. Between epochs groups may be added, and rates set unless `config` is a
             TrainConfig, whose schedule sets them.
@@ -129,6 +136,7 @@ class ACMDSTrainer:
     ) -> None:
         check_optimizer(model, optimizer)
         self.model = model.to(self.device)
+        self._modes = training_modes(self.model)
         if self.device.type == "cuda":
             set_up_cuda(self.config)
         dtype, channels_last = self.ranks.of_first(probe.choose(self.model, self.config, self.device, shape))
@@ -227,7 +235,7 @@ class ACMDSTrainer:
         """
         if self.sampler.position == 0:
             self.sampler.set_epoch(self.epoch, self.progress)
-        self.model.train()
+        put_into(self._modes)
         self.controller.begin_step()
         clock = time.perf_counter()
         if any(self.ranks.gather(not self.controller.state.peaks.known)):
