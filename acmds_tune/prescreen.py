@@ -10,10 +10,10 @@ from typing import Any
 from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_tune.plant import CONTROLLED, Plant, simulate
-from acmds_tune.records import DONE, StudyRecord, TrialRecord
+from acmds_tune.records import DEFAULT, DONE, StudyRecord, TrialRecord
 from acmds_tune.requires import Requirement, all_hold, distance, draw
 from acmds_tune.space import Space, derived_seed
-from acmds_tune.stages import DEFAULT, SAMPLED
+from acmds_tune.stages import SAMPLED
 
 FROM_PLANT = "plant"
 """Label of trials that were chosen on the plant."""

@@ -17,6 +17,9 @@ MEMORY_FIGURES = ("oom_", "alloc_retries", "peak_reserved_gb", "headroom_")
 """Beginnings of the figures that smaller batches or more headroom make better."""
 
 
+DEFAULT = "default"
+"""Label of trials with the trainer's default settings, moved into the space."""
+
 CANDIDATES = ("search", "train")
 """Stages whose trials can be the best: proposed by the sampler and run with the whole budget."""
 
@@ -125,7 +128,10 @@ class Confirmation:
 
 
 def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
-    """What was run on several seeds, by label: those with as many ended runs as any other has, or as are asked for."""
+    """What was run on several seeds, by label: those with as many ended runs as any other has, or as are asked for.
+
+    Where the trial of the defaults was, that is what there is of the label `default` too.
+    """
     runs: dict[str, list[TrialRecord]] = {}
     for trial in study.trials:
         if trial.stage == "confirm" and trial.status != "running" and not trial.interrupted:
@@ -149,6 +155,9 @@ def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
             means = tuple(statistics.fmean(column) for column in columns)
             deviations = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
         result[label] = Confirmation(tuple(trials), means, deviations)
+    for trial in study.trials:
+        if trial.label == DEFAULT and trial.stage == "search" and f"trial {trial.number}" in result:
+            result.setdefault(DEFAULT, result[f"trial {trial.number}"])
     return result
 
 

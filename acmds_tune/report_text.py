@@ -13,9 +13,9 @@ from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_tune.columns import FIGURES, STATUSES
 from acmds_tune.plant import agreement
 from acmds_tune.prescreen import comparable, misled
-from acmds_tune.records import DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
+from acmds_tune.records import DEFAULT, DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
 from acmds_tune.report_figures import number
-from acmds_tune.stages import DEFAULT, SAMPLED
+from acmds_tune.stages import SAMPLED
 
 MOST_ROWS = 500
 MOST_CELLS = 8000

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from acmds_optimizer.config import TrainConfig, to_dict
-from acmds_tune.records import StudyRecord, TrialRecord, choose_best, ranked
+from acmds_tune.records import DEFAULT, StudyRecord, TrialRecord, choose_best, ranked
 from acmds_tune.space import Space, derived_seed
 
 SAMPLED = ("screen", "search")
 """Stages whose settings the sampler proposes."""
-
-DEFAULT = "default"
-"""Label of trials with the trainer's default settings, moved into the space."""
 
 PLANT = "short runs"
 FIXED = "fixed batch"
@@ -243,7 +240,7 @@ def _confirm(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defa
     chosen = ranked(study, most=space.confirm.top)
     candidates: list[tuple[str, dict[str, Any], dict[str, Any]]]
     candidates = [(f"trial {row.number}", searched(space, row), {}) for row in chosen]
-    if DEFAULT in space.baselines:
+    if DEFAULT in space.baselines and not any(row.label == DEFAULT for row in chosen):
         candidates.append((DEFAULT, dict(default), {}))
     fixed = best_fixed(study)
     if FIXED in space.baselines and fixed is not None:

@@ -29,7 +29,7 @@ from acmds_tune.journal import JOURNAL, hold, make_new, mend
 from acmds_tune.objective import Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
-from acmds_tune.records import DONE, StudyRecord, ranked
+from acmds_tune.records import DEFAULT, DONE, StudyRecord, ranked
 from acmds_tune.report import is_row, record, trial_dir
 from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
 from acmds_tune.samplers import (
@@ -43,7 +43,7 @@ from acmds_tune.samplers import (
     suggest,
 )
 from acmds_tune.space import Space, derived_seed, ordered, space_differences
-from acmds_tune.stages import DEFAULT, SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step, searched
+from acmds_tune.stages import SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step, searched
 from acmds_tune.storage import Journal, about_of, open_study, read_about
 
 logger = logging.getLogger(__name__)

@@ -218,6 +218,19 @@ def test_the_best_trials_and_the_baselines_are_run_again_on_the_same_seeds(run: 
     assert len(set(next(iter(seeds.values())))) == 3
 
 
+def test_the_defaults_are_confirmed_once_where_they_are_among_the_best(run: Callable[..., Any]) -> None:
+    def end(proposal: Proposal) -> Ended:
+        return Ended("ok", "finished", figures(0.01 if proposal.number == 0 else 0.001), 1.0)
+
+    study, started = run(TEXT + "baselines: [default]\nconfirm: {top: 2, seeds: 2}\n", end)
+    again = [each.label for each in started if each.stage == "confirm"]
+    assert again == ["trial 0", again[1]] * 2
+    assert again[1] != "default"
+    found = confirmations(study.record())
+    assert found["default"] == found["trial 0"]
+    assert against_baselines(study.record()) == {"default": 1.0}
+
+
 def test_the_default_settings_are_run_again_now_and_then_with_the_same_seed(run: Callable[..., Any]) -> None:
     _, started = run(TEXT.replace("trials: 4", "trials: 7") + "anchor_every: 3\n", speed_of_lr)
     assert [each.stage for each in started] == [*(["search"] * 4 + ["anchor"]), *(["search"] * 3 + ["anchor"])]
@@ -238,7 +251,7 @@ search:
   weight_decay: {low: 0.3, high: 0.5, when: {optimizer: sgd}}
   effective_batch_size: {low: 65, high: 256}
 """
-    study, _ = run(text, lambda _: Ended("ok", "finished", figures(), 1.0))
+    study, _ = run(text, lambda each: Ended("ok", "finished", figures(0.001 if each.label == "default" else 0.01), 1.0))
     names = ["optimizer", "weight_decay"]
     first, *others = [row for row in study.record().trials if row.label in ("default", "halving")]
     assert first.config["weight_decay"] == 0.05, "its condition is not met"
