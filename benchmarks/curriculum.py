@@ -1,6 +1,7 @@
 """Arms of the curriculum against plain shuffling, in paired runs, at equal samples and at equal wall time.
 
 usage: python -m benchmarks.curriculum digits --out digits.csv                          # CPU, minutes
+       python -m benchmarks.curriculum photos --data /tmp/cifar --out photos.csv        # CPU, half an hour
        python -m benchmarks.curriculum cifar --data /tmp/cifar --out cifar.csv --deadline 480
        python -m benchmarks.curriculum table digits.csv cifar.csv
 
@@ -46,6 +47,10 @@ SPEED: dict[str, dict[str, Any]] = {
         "enable_amp": False, "max_batch_size": 64, "min_batch_size": 64, "optimizer": "adamw", "lr": 5e-3,
         "warmup_fraction": 0.1, "augment": False, "memory_limit_gb": 4.0, "target_headroom_gb": 1.0, "num_workers": 0,
     },
+    "photos": {
+        "enable_amp": False, "max_batch_size": 64, "min_batch_size": 64, "optimizer": "adamw", "lr": 3e-3,
+        "warmup_fraction": 0.1, "augment": True, "memory_limit_gb": 4.0, "target_headroom_gb": 1.0, "num_workers": 0,
+    },
     "cifar": {
         "amp_dtype": "bf16", "enable_cuda_graphs": True, "max_batch_size": 512, "min_batch_size": 512,
         "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.2, "augment": True,
@@ -53,6 +58,9 @@ SPEED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Settings that all arms share."""
+
+_MODELS = {"photos": "small_cnn", "cifar": "resnet18"}
+_DATA = {"photos": curriculum_data.photos, "cifar": curriculum_data.cifar10}
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def run(spec: Spec, images: Images, device: str, record: Path | None) -> dict[st
     config = TrainConfig(**settings, device=device, epochs=spec.epochs, direction=direction, seed=spec.seed)
     bundle = images.bundle(images.train[kept], labels, augment=config.augment)
     torch.manual_seed(spec.seed)
-    model = curriculum_data.mlp() if spec.suite == "digits" else build_model("resnet18", 10, image_size=32)
+    model = curriculum_data.mlp() if spec.suite == "digits" else build_model(_MODELS[spec.suite], 10, image_size=32)
     memory = open_memory(device, config.memory_limit_gb)
     curve: list[tuple[float, int, float]] = []
     seconds, fired = 0.0, None
@@ -209,7 +217,7 @@ def measure(arguments: argparse.Namespace) -> None:
     devices = arguments.device or (
         [f"cuda:{i}" for i in range(torch.cuda.device_count())] if arguments.suite == "cifar" else ["cpu"]
     )
-    images = curriculum_data.digits() if arguments.suite == "digits" else curriculum_data.cifar10(Path(arguments.data))
+    images = curriculum_data.digits() if arguments.suite == "digits" else _DATA[arguments.suite](Path(arguments.data))
     say(f"{len(specs)} runs on {', '.join(devices)} x {arguments.processes}; data ready after {elapsed(began)}")
     with tempfile.TemporaryDirectory() as folder, out.open("a", newline="") as file:
         data = Path(folder) / "images.pickle"
@@ -293,11 +301,11 @@ def elapsed(began: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=("digits", "cifar", "table"))
+    parser.add_argument("suite", choices=("digits", "photos", "cifar", "table"))
     parser.add_argument("files", nargs="*", help="with `table`: the CSV files to print")
-    parser.add_argument("--data", help="cifar: folder of images")
+    parser.add_argument("--data", help="photos, cifar: folder of images")
     parser.add_argument("--out", default="curriculum.csv")
-    parser.add_argument("--device", nargs="+", help="default: every visible GPU; for digits the CPU")
+    parser.add_argument("--device", nargs="+", help="default: for cifar every visible GPU, else the CPU")
     parser.add_argument("--processes", type=int, default=1, help="at once on each device")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--epochs", type=int, nargs="+")
@@ -315,6 +323,10 @@ def main() -> None:
         "digits": {
             "seeds": 16, "epochs": [20], "arms": ["none", "auto"], "budgets": [3, 5, 8, 12],
             "conditions": ["clean", "noise20", "noise40", "imbalanced20"],
+        },
+        "photos": {
+            "seeds": 3, "epochs": [20], "arms": ["none", "auto", "relabel"], "budgets": [],
+            "conditions": ["clean", "noise20", "noise40"],
         },
         "cifar": {
             "seeds": 3, "epochs": [15], "arms": ["none", "auto"], "budgets": [],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 COLUMNS = {
-    "suite": "digits or cifar",
+    "suite": "digits, photos or cifar",
     "condition": "clean, noise NN or imbalanced NN, NN the share of wrong training labels in percent",
     "epochs": "length of the training, to which the schedules are fitted",
     "arm": "value of `direction`",

@@ -435,6 +435,7 @@ def test_the_doctor_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -
     assert "CUDA_VISIBLE_DEVICES='' hides every GPU" in finding.text
 
 
+@pytest.mark.timeout(400)  # it starts Ray, and PyTorch five times
 def test_a_search_trains_and_its_best_settings_are_read_by_the_trainer(
     tmp_path: Path, space_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
