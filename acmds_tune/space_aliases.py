@@ -184,14 +184,15 @@ def _objectives(value: Any, source: Source) -> Any:
         path: KeyPath = ("objective",) if single else ("objective", index)
         if isinstance(item, dict):
             item = dict(item)
-            for old in ("goal", "mode"):  # W&B and Ray
-                if old in item and "direction" in item:
-                    source.complain((*path, old), "the same as direction; keep one of them")
+            for old, new in (("goal", "direction"), ("mode", "direction"), ("metric", "name")):  # W&B and Ray
+                if old in item and new in item:
+                    source.complain((*path, old), f"the same as {new}; keep one of them")
                 elif old in item:
-                    source.moved((*path, old), (*path, "direction"))
-                    item["direction"] = item.pop(old)
+                    source.moved((*path, old), (*path, new))
+                    item[new] = item.pop(old)
             short = {"max": "maximize", "min": "minimize"}
-            item["direction"] = short.get(str(item.get("direction")), item.get("direction"))
+            if "direction" in item:
+                item["direction"] = short.get(str(item["direction"]), item["direction"])
         result.append(item)
         if single:
             source.moved(("objective",), ("objective", 0))

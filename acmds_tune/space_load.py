@@ -181,10 +181,10 @@ def _objectives(items: list[Any], source: Source) -> list[Objective]:
             continue
         if isinstance(item, str):
             item = {"name": item}
-        if not isinstance(item, dict):
+        if not isinstance(item, dict) or "name" not in item:
             source.complain(path, f"{item!r}: write speed, pareto, a figure, or {{name: ..., direction: ...}}")
             continue
-        name = item.get("name")
+        name = item["name"]
         if isinstance(name, str) and name in PRESETS:
             source.complain((*path, "name"), f"{name} says more than one figure does; write it by itself: {name}")
             continue

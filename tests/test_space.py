@@ -157,6 +157,7 @@ def test_numbers_of_an_nni_range_that_mean_nothing_are_refused(problems: Any) ->
             "line 1: metric.goal: the same as direction",
         ),
         ("metric: {name: val_loss, goal: minimize, mode: max}\n", "line 1: metric.mode: the same as direction"),
+        ("objective: {metric: val_loss, name: speed}\n", "line 1: objective.metric: the same as name"),
     ],
 )
 def test_two_directions_of_one_objective_are_refused(problems: Any, text: str, problem: str) -> None:
@@ -274,6 +275,7 @@ def test_presets_and_figures_become_objectives_with_their_direction(read: Any) -
             "[val_loss, headroom_min_gb]",
             "{name: seconds, direction: maximize}",
             "gpu_busy_fraction",
+            "{metric: seconds, mode: max}",
         )
     ]
     assert pairs == [
@@ -282,6 +284,7 @@ def test_presets_and_figures_become_objectives_with_their_direction(read: Any) -
         [("val_loss", "minimize"), ("headroom_min_gb", "maximize")],
         [("seconds", "maximize")],
         [("gpu_busy_fraction", "maximize")],
+        [("seconds", "maximize")],
     ]
 
 
@@ -291,6 +294,8 @@ def test_an_unknown_figure_is_refused_with_the_nearest(problems: Any) -> None:
 
 def test_an_objective_without_a_figure_is_refused(problems: Any) -> None:
     assert "objective: names no figure" in problems("objective: []\n" + SEARCH)[0]
+    (problem,) = problems("objective: [{mode: min}]\n" + SEARCH)
+    assert "objective.0: {'direction': 'minimize'}: write speed, pareto, a figure, or {name: ..., direction:" in problem
 
 
 def test_a_pruner_needs_one_objective_that_a_running_trial_reports(problems: Any) -> None:
