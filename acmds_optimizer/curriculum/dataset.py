@@ -48,7 +48,7 @@ class DifficultyAwareDataset(Dataset[dict[str, Any]]):
         index = range(len(self))[index]
         return {
             "data": self.base_dataset[index],
-            "difficulty": self.difficulty_scores[index],
+            "difficulty": self.scores.difficulty(index),
             "memory_cost": self.memory_costs[index],
             "index": index,
         }

@@ -42,9 +42,9 @@ class ScoreStore:
         self.average.index_copy_(0, indices, average)
         self.count.index_copy_(0, indices, count + finite.to(count.dtype))
 
-    def difficulty(self) -> Tensor:
-        """(n,) float32 in [0, 1]; 0.5 for a sample not seen yet."""
-        return torch.where(self.count > 0, 1.0 - torch.exp(-self.average), 0.5)
+    def difficulty(self, index: int | slice = slice(None)) -> Tensor:
+        """(n,) float32 in [0, 1], or those at `index`; 0.5 for a sample not seen yet."""
+        return torch.where(self.count[index] > 0, 1.0 - torch.exp(-self.average[index]), 0.5)
 
     def set_difficulty(self, scores: Tensor) -> None:
         """Start from known difficulties (n,) in [0, 1], as if each sample had been seen once.
