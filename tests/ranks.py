@@ -50,10 +50,14 @@ class Sometimes(nn.Module):
         return inputs + self.extra(inputs) if float(inputs.detach()[0, 0]) > 0 else inputs
 
 
-def make(limit: int = PLENTY, count: int = 500, noise: float = 0.0, layers: Any = (), **settings: Any) -> ACMDSTrainer:
+def make(
+    limit: int = PLENTY, count: int = 500, noise: float = 0.0, layers: Any = (), frozen: str = "none", **settings: Any
+) -> ACMDSTrainer:
     torch.manual_seed(2)
     model = nn.Sequential(Double(), *layers, nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 2)).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     config = {
         "target_headroom_gb": 0.000001, "max_batch_size": 64, "enable_amp": False, "epochs": 2, "seed": 3,
         "knee_gain_fraction": 0.0,
@@ -96,7 +100,7 @@ def equal(rank: int) -> dict[str, Any]:
     return fitted(limit=A_THIRD if rank == 1 else PLENTY, ema_decay=0.9)
 
 
-SMALL_STEPS = {"max_batch_size": 32, "epochs": 8}
+SMALL_STEPS: dict[str, Any] = {"max_batch_size": 32, "epochs": 8}
 """So that even in pieces of one sample a step has fewer operations than there are between two errors."""
 
 
@@ -151,6 +155,24 @@ def sometimes(rank: int) -> dict[str, Any]:
     trainer = make(layers=[Sometimes()])
     trainer.train_epoch()
     return facts(trainer)
+
+
+def thawed(limit: int = PLENTY) -> dict[str, Any]:
+    """A layer is trained from the second epoch on only, and another no longer in the third."""
+    trainer = make(limit, frozen="1.", epochs=3)
+    first, last = (trainer.model.get_submodule(name) for name in "13")
+    trainer.train_epoch()
+    first.requires_grad_(True)
+    trainer.optimizer.add_param_group({"params": list(first.parameters()), "lr": 0.02})
+    trainer.train_epoch()
+    last.requires_grad_(False)
+    kept = last.get_parameter("weight").clone()
+    trainer.train_epoch()
+    return facts(trainer) | {"kept": torch.equal(kept, last.get_parameter("weight"))}
+
+
+def unfrozen(rank: int) -> dict[str, Any]:
+    return thawed(limit=A_THIRD if rank == 1 else PLENTY)
 
 
 class Sliced(nn.Linear):
@@ -238,8 +260,8 @@ def differ(rank: int) -> dict[str, Any]:
 
 
 SCENARIOS: list[Callable[[int], dict[str, Any]]] = [
-    differ, equal, struck, struck_optimizer, free, noisy, sometimes, sliced, normalised, own_start, cut_off, few,
-    stopped, hopeless,
+    differ, equal, struck, struck_optimizer, free, noisy, sometimes, unfrozen, sliced, normalised, own_start, cut_off,
+    few, stopped, hopeless,
 ]  # fmt: skip
 
 

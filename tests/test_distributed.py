@@ -207,6 +207,14 @@ def test_a_layer_that_only_one_process_used_is_updated_alike(two):
     assert torch.equal(two[0]["sometimes"]["weights"], two[1]["sometimes"]["weights"])
 
 
+def test_layers_that_are_frozen_and_trained_in_turn_learn_what_they_do_alone(two):
+    expected = ranks.thawed()
+    assert expected["kept"]
+    for seen in two:
+        assert_equals(seen["unfrozen"], expected)
+        assert seen["unfrozen"]["kept"]
+
+
 def test_a_weight_that_is_a_slice_of_another_learns_what_it_does_alone(two):
     expected = ranks.fitted(layers=[ranks.Sliced()])
     for seen in two:

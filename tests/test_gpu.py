@@ -70,6 +70,27 @@ def test_graphs_give_the_losses_of_eager_mode(precision, micro_batch):
     assert with_graphs == pytest.approx(losses(make(**settings)), rel=0.02)
 
 
+def test_layers_that_are_frozen_and_trained_in_turn_learn_with_graphs_what_they_do_without():
+    found = []
+    for graphs in (True, False):
+        trainer = make(enable_cuda_graphs=graphs, enable_amp=False, min_batch_size=256)
+        layer, last = (trainer.model.get_submodule(name) for name in ("layer1", "fc"))
+        with trainer:
+            layer.requires_grad_(False)
+            epochs = [trainer.train_epoch()["epoch_loss"]]
+            layer.requires_grad_(True)
+            last.requires_grad_(False)
+            before = [parameter.clone() for parameter in (*layer.parameters(), *last.parameters())]
+            epochs += [trainer.train_epoch()["epoch_loss"] for _ in range(2)]
+            after = [*layer.parameters(), *last.parameters()]
+            assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False] * 12 + [True] * 2
+            if graphs:
+                assert trainer.train_step.graphs is not None
+                assert trainer.train_step.graphs.largest > 0, "something was captured again"
+        found.append(epochs)
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
 def test_the_headroom_is_kept_by_graphs():
     trainer = make(enable_cuda_graphs=True, max_batch_size=4096, batch_policy="free", memory_limit_gb=4.0, count=40_000)
     losses(trainer, 3)

@@ -134,6 +134,25 @@ def test_a_parameter_that_is_used_only_after_a_capture_turns_graphs_off_with_its
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+def test_other_parameters_than_before_are_trained_once_that_is_said():
+    weights = []
+    for cuda_graphs in (False, True):
+        model, step = step_of(cuda_graphs)
+        model.both = True
+        for number in range(9):
+            model.sometimes.requires_grad_(number >= 3)
+            model.used.requires_grad_(number < 6)
+            if number in (0, 3, 6) and step.graphs is not None:
+                step.graphs.set_parameters([p for p in model.parameters() if p.requires_grad])
+            train(step, number, 4)
+            if number in (2, 5, 8) and step.graphs is not None:
+                step.graphs._fix_gradients()
+        weights.append([value.clone() for value in model.parameters()])
+    assert step.graphs is not None
+    assert not step.graphs.off_reason
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize(
     ("captured", "decided", "micro_batch", "odd", "kept"),
     [

@@ -151,6 +151,23 @@ def test_a_parameter_group_that_is_added_between_epochs_is_trained_with_its_own_
     assert not any(torch.equal(now, was) for now, was in zip(body.parameters(), before, strict=True))
 
 
+def test_what_a_step_needs_is_learned_anew_where_a_frozen_layer_is_trained_from_now_on():
+    model = nn.Sequential(nn.Linear(20, 4000), nn.Tanh(), nn.Linear(4000, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[2].parameters(), lr=0.01, fused=True)
+    memory = BudgetedCpuMemory(3 * 2**20)
+    settings = CurriculumConfig(target_headroom_gb=0.0001, enable_amp=False, max_batch_size=128, knee_gain_fraction=0)
+    with ACMDSTrainer(model, data(256), optimizer, settings, memory=memory) as trainer:
+        trainer.train_epoch()
+        before, errors = trainer.controller.batch_size, trainer.recorder.figures["oom_events"]
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": model[0].parameters()})
+        trainer.train_epoch()
+        assert all(parameter in optimizer.state for parameter in model.parameters())
+        assert trainer.recorder.figures["oom_events"] == errors
+        assert trainer.controller.batch_size < before
+
+
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 32])
 def test_the_micro_batch_does_not_change_what_is_learned(micro_batch):
     fixed = make()

@@ -214,6 +214,7 @@ class Ranks:
         """
         if not self.several:
             return []
+        self._scratch, self._bucketed = {}, []
         for dtype in {parameter.dtype for parameter in parameters}:
             sizes = [parameter.numel() for parameter in parameters if parameter.dtype == dtype]
             room = max(max(sizes), min(sum(sizes), _BUCKET_NUMBERS))

@@ -18,7 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.batches import Batch
@@ -293,6 +293,11 @@ class GraphedMicroBatches:
         self._uses.clear()
         self._optimizer_uses = 0
         self.replayed = False
+
+    def set_parameters(self, parameters: list[nn.Parameter]) -> None:
+        """Train these from now on: what is captured has gradients for others."""
+        self.forget()
+        self._parameters, self._used = parameters, None
 
     def forget(self) -> None:
         """Drop all graphs, and what was timed: inputs have another shape, or cost another time, from now on."""

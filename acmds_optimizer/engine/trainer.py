@@ -62,8 +62,8 @@ class ACMDSTrainer:
         model: maps inputs (B, ...) to logits (B, C). Moved to the device. Parts of it in evaluation mode, such as
             frozen normalisations, stay so; where the whole model is in it, all of it is to train.
         dataset: map-style, of (image, label); a DifficultyAwareDataset keeps its scores.
-        optimizer: over the model's parameters. Between epochs groups may be added, and rates set unless `config` is a
-            TrainConfig, whose schedule sets them.
+        optimizer: over the model's parameters. Between epochs groups may be added, parameters frozen or no longer, and
+            rates set unless `config` is a TrainConfig, whose schedule sets them.
         config: CurriculumConfig, or a TrainConfig for its epochs and schedules.
         device_id: CUDA device number, `"cuda:N"`, or `"cpu"` for a card on the CPU with a budget.
         val_dataset: for `evaluate`; None: none.
@@ -153,14 +153,14 @@ class ACMDSTrainer:
         _move_optimizer_state(optimizer, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.schedule = LearningRate(optimizer, self.config)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.controller.memory.track(self.ranks.prepare(parameters, self.model))
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.controller.memory.track(self.ranks.prepare(self._trained, self.model))
         self.guard = Guard(self.model, optimizer, self.controller, scaler)
         self.train_step = TrainStep(
             self.model, self.guard, make_loss(self.config, loss_fn), dtype, channels_last,
             cuda_graphs=wanted_graphs(self.config, self.device), compiled=self.config.compile_model,
         )  # fmt: skip
-        self.team = Team(self.ranks, self.train_step, parameters, self.config) if self.ranks.several else None
+        self.team = Team(self.ranks, self.train_step, self._trained, self.config) if self.ranks.several else None
 
     def _set_up_data(
         self, dataset: Dataset[Any], val: Dataset[Any] | None, bundle: DataBundle | None, inputs: DataBundle
@@ -236,6 +236,7 @@ class ACMDSTrainer:
         if self.sampler.position == 0:
             self.sampler.set_epoch(self.epoch, self.progress)
         put_into(self._modes)
+        self._enter_trained()
         self.controller.begin_step()
         clock = time.perf_counter()
         if any(self.ranks.gather(not self.controller.state.peaks.known)):
@@ -289,6 +290,22 @@ class ACMDSTrainer:
             "batch_size": self.controller.batch_size,
             "oom_events": figures["oom_events"],
         }
+
+    def _enter_trained(self) -> None:
+        """Where other parameters are trained than before, take up what is made for them, and learn memory anew."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        same = len(trained) == len(self._trained) and all(a is b for a, b in zip(trained, self._trained, strict=True))
+        if all(self.ranks.gather(same)):
+            return
+        self.ranks.agree({"trained": [name for name, p in self.model.named_parameters() if p.requires_grad]})
+        self._trained = trained
+        self.guard.create_optimizer_state()
+        if self.train_step.graphs is not None:
+            self.train_step.graphs.set_parameters(trained)
+        if self.team is not None:
+            self.team.parameters = trained
+            self.controller.memory.track(self.ranks.prepare(trained, self.model))
+        self.controller.forget()
 
     def _rehearse(self) -> None:
         plan, work = self.sampler.plan, self._enter_stage()

@@ -202,6 +202,12 @@ class MemoryPressureController:
         """Learn the seconds of one micro-batch of `batch` samples; apart from `observe`, since a GPU tells it later."""
         self.state = law.time(self.state, batch, seconds, self.limits)
 
+    def forget(self) -> None:
+        """Learn what steps need and take anew: the model trains other parameters from now on."""
+        self.release_cache()
+        self._reserved_ratio = self._pool_ratio = 1.0
+        self.state = law.State(times=TimeModel(needed=self.state.times.needed))
+
     def forget_times(self) -> None:
         """Drop all timings, and the knee found from them: samples take another time from now on."""
         times = TimeModel(needed=self.state.times.needed)

@@ -178,9 +178,13 @@ class Guard:
         self._keep_gradients = False
         self._buffers, self._step_counts = _Shadow(), _Shadow()
         self._holders = [module._buffers for module in model.modules()]
-        create_optimizer_state(optimizer)
-        states = [list(state.values()) for state in optimizer.state.values()]
-        controller.memory.track([list(model.parameters()), list(model.buffers()), states])
+        controller.memory.track([list(model.parameters()), list(model.buffers())])
+        self.create_optimizer_state()
+
+    def create_optimizer_state(self) -> None:
+        """Create the state of parameters that have none, such as of a group that was added since."""
+        create_optimizer_state(self.optimizer)
+        self.controller.memory.track([list(state.values()) for state in self.optimizer.state.values()])
 
     def run(
         self, attempt: Callable[[int], Result], micro_batch: int, *, sample_work: float = 1.0
@@ -511,27 +515,34 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state of Adam, AdamW or SGD ahead, so that it is there before memory is learned.
 
     Takes one step with zero gradients, learning rate and weight decay, and sets the state to zero again, which is how
-    these three begin. Other optimizers, classes derived from these, and one that has stepped or has hooks, which
-    would take it for a step of the training, are left alone.
+    these three begin. Parameters that have a state are left alone, and so are other optimizers, classes derived from
+    these, and one that has hooks, which would take it for a step of the training.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if not steps_alone(optimizer) or any(p in optimizer.state for p in parameters):
+    new = [
+        [p for p in group["params"] if p.requires_grad and p not in optimizer.state] for group in optimizer.param_groups
+    ]
+    parameters = [parameter for group in new for parameter in group]
+    if not steps_alone(optimizer) or not parameters:
         return
     if any(group.get("dampening") for group in optimizer.param_groups):
         return  # the first momentum buffer of SGD is the whole gradient, which one from zero would dampen
     settings = [dict(group) for group in optimizer.param_groups]
     grads = [p.grad for p in parameters]
-    for group in optimizer.param_groups:
+    for group, without in zip(optimizer.param_groups, new, strict=True):
+        group["params"] = without
         group["lr"], group["weight_decay"] = group["lr"] * 0.0, 0.0
         if "eps" in group:
             group["eps"] = 1.0  # nothing divided by nothing is no number: with 0, or what 1e-8 is in float16
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    finally:
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
         for value in optimizer.state[parameter].values():
             if isinstance(value, torch.Tensor):
                 value.zero_()
