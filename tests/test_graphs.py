@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -132,6 +135,65 @@ def test_a_parameter_that_is_used_only_after_a_capture_turns_graphs_off_with_its
     assert step.graphs is not None
     assert step.graphs.off_reason
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def captures(step: TrainStep) -> None:
+    """Have micro-batches captured, as far as that goes without CUDA: what is recorded runs, and adds no gradient."""
+    assert step.graphs is not None
+    step.graphs._is_due = lambda size: True  # type: ignore[method-assign]
+
+    def record(run: Any, what: str = "model") -> tuple[Any, Tensor]:
+        gradients = [None if p.grad is None else p.grad.clone() for p in step.model.parameters()]
+        losses = run()
+        for parameter, gradient in zip(step.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return SimpleNamespace(replay=lambda: None), losses
+
+    step.graphs._record = record  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+def test_a_model_that_draws_random_numbers_on_the_host_is_not_replayed(draw):
+    class Drawing(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) * draw()
+
+    model, step = step_of(True)
+    model.__class__ = Drawing
+    train(step, 0, 8)
+    captures(step)
+    train(step, 1, 8)
+    assert step.graphs is not None
+    assert step.graphs.off_reason == "it draws random numbers on the host, which a replay would not"
+
+
+def test_a_hook_is_called_in_every_step_and_those_of_torch_are_replayed():
+    model, step = step_of(True)
+    torch.nn.utils.spectral_norm(model.used)
+    train(step, 0, 8)
+    captures(step)
+    train(step, 1, 8)
+    assert step.graphs is not None
+    assert step.graphs.largest == 8
+    calls: list[int] = []
+    model.used.register_forward_hook(lambda *_: calls.append(1))
+    step.graphs.forget()
+    for number in range(2, 5):
+        train(step, number, 8)
+    assert step.graphs.off_reason == "used has a hook, which a replay would not call"
+    assert len(calls) == 3
+
+
+def test_a_model_whose_attributes_have_changed_is_captured_anew():
+    model, step = step_of(True)
+    assert step.graphs is not None
+    kept = []
+    for both in (False, False, True, True, False):
+        model.both = both
+        step.graphs._graphs = {8: cast(Any, None)}
+        step.graphs.begin_epoch()
+        kept.append(bool(step.graphs._graphs))
+    assert kept == [True, True, False, True, False]
 
 
 def test_other_parameters_than_before_are_trained_once_that_is_said():

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
+import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +43,8 @@ _BUSY = 2.5
 _LEAST_GAIN = 0.05
 """What a graph must gain at a size to be kept there, where nobody asked for graphs."""
 _CHANGING = "which parameters it uses changes from step to step"
+_CHANCE = "it draws random numbers on the host, which a replay would not"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -92,6 +97,7 @@ class GraphedMicroBatches:
         self._seconds: dict[tuple[int, bool], list[float]] = {}
         self._not_faster: set[int] = set()
         self._launch_seconds = math.inf
+        self._attributes: list[Any] | None = None
         self.pool_bytes = 0
         """What the pool keeps between steps, beside which anything eager has to fit."""
         self._pool = torch.cuda.graph_pool_handle()
@@ -294,6 +300,14 @@ class GraphedMicroBatches:
         self._optimizer_uses = 0
         self.replayed = False
 
+    def begin_epoch(self) -> None:
+        """Capture anew where an attribute of the model has changed, such as a rate of dropout: graphs have the old."""
+        attributes = list(_attributes(self._step.model, self._step.loss.own))
+        if self._attributes is not None and self._attributes != attributes:
+            self.forget()
+            self._step.guard.controller.release_cache()
+        self._attributes = attributes
+
     def set_parameters(self, parameters: list[nn.Parameter]) -> None:
         """Train these from now on: what is captured has gradients for others."""
         self.forget()
@@ -322,6 +336,9 @@ class GraphedMicroBatches:
         return size not in self._not_faster
 
     def _capture(self, part: Batch, total: int) -> _Captured | None:
+        if reason := _skipped(self._step.model):
+            self._turn_off(reason)
+            return None
         inputs, targets, shares = part.inputs.clone(), part.targets.clone(), part.weights / total
         soft = None if part.soft is None else part.soft.clone()
         self._fix_gradients()
@@ -330,8 +347,12 @@ class GraphedMicroBatches:
         self._alone = True
         before = memory.read()
         memory.reset_peak()
+        chance = _chance()
         graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares, soft))
         if graph is None:
+            return None
+        if _chance() != chance:
+            self._turn_off(_CHANCE)
             return None
         assert losses is not None
         after = memory.read()
@@ -415,6 +436,32 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: cuBLAS keeps a workspace for each stream that it has worked on."""
     return torch.cuda.Stream(device)
+
+
+def _attributes(*parts: Any) -> Iterator[tuple[str, Any]]:
+    """The plain attributes of modules, whose values a graph holds for good."""
+    for part in parts:
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for name, value in vars(module).items():
+                if isinstance(value, (bool, int, float, str)):
+                    yield name, value
+
+
+def _skipped(model: nn.Module) -> str:
+    """What the model does in Python besides its layers, which a replay would skip; empty where there is nothing.
+
+    Hooks of torch.nn.utils, such as of spectral_norm, compute on the device, and so are in the graph.
+    """
+    for name, module in model.named_modules():
+        for hook in (hook for kind in _HOOKS for hook in getattr(module, kind, {}).values()):
+            if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils."):
+                return f"{name or 'the model'} has a hook, which a replay would not call"
+    return ""
+
+
+def _chance() -> bytes:
+    """The state of the host's random numbers."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))  # noqa: NPY002
 
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:

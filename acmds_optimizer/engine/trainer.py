@@ -237,6 +237,8 @@ class ACMDSTrainer:
             self.sampler.set_epoch(self.epoch, self.progress)
         put_into(self._modes)
         self._enter_trained()
+        if self.train_step.graphs is not None:
+            self.train_step.graphs.begin_epoch()
         self.controller.begin_step()
         clock = time.perf_counter()
         if any(self.ranks.gather(not self.controller.state.peaks.known)):
