@@ -152,19 +152,45 @@ def captures(step: TrainStep) -> None:
     step.graphs._record = record  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
-def test_a_model_that_draws_random_numbers_on_the_host_is_not_replayed(draw):
-    class Drawing(Net):
+def count(model: Net) -> None:
+    vars(model)["steps"] = vars(model).get("steps", 0) + 1
+
+
+def average(model: Net) -> None:
+    model.register_buffer("mean", getattr(model, "mean", torch.zeros(())) + 1.0)
+
+
+def average_in_place(model: Net) -> None:
+    if not hasattr(model, "mean"):
+        model.register_buffer("mean", torch.zeros(()))
+    model.get_buffer("mean").add_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("besides", "reason"),
+    [
+        (lambda _: random.random(), "it draws random numbers on the host"),
+        (lambda _: np.random.rand(), "it draws random numbers on the host"),  # noqa: NPY002
+        (lambda _: torch.rand(()), "it draws random numbers on the host"),
+        (count, "it changes an attribute"),
+        (average, "it puts another tensor in the place of one that it keeps"),
+        (average_in_place, ""),
+    ],
+)
+def test_a_model_whose_forward_pass_does_more_than_a_replay_would_is_not_replayed(besides, reason):
+    class More(Net):
         def forward(self, inputs: Tensor) -> Tensor:
-            return super().forward(inputs) * draw()
+            besides(self)
+            return super().forward(inputs)
 
     model, step = step_of(True)
-    model.__class__ = Drawing
+    model.__class__ = More
     train(step, 0, 8)
     captures(step)
     train(step, 1, 8)
     assert step.graphs is not None
-    assert step.graphs.off_reason == "it draws random numbers on the host, which a replay would not"
+    assert step.graphs.off_reason == (f"{reason}, which a replay would not" if reason else "")
+    assert step.graphs.largest == (0 if reason else 8)
 
 
 def test_a_hook_is_called_in_every_step_and_those_of_torch_are_replayed():

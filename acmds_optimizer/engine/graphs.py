@@ -13,7 +13,7 @@ import math
 import pickle
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -43,7 +43,6 @@ _BUSY = 2.5
 _LEAST_GAIN = 0.05
 """What a graph must gain at a size to be kept there, where nobody asked for graphs."""
 _CHANGING = "which parameters it uses changes from step to step"
-_CHANCE = "it draws random numbers on the host, which a replay would not"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -97,7 +96,7 @@ class GraphedMicroBatches:
         self._seconds: dict[tuple[int, bool], list[float]] = {}
         self._not_faster: set[int] = set()
         self._launch_seconds = math.inf
-        self._attributes: list[Any] | None = None
+        self._beside: _Beside | None = None
         self.pool_bytes = 0
         """What the pool keeps between steps, beside which anything eager has to fit."""
         self._pool = torch.cuda.graph_pool_handle()
@@ -302,11 +301,11 @@ class GraphedMicroBatches:
 
     def begin_epoch(self) -> None:
         """Capture anew where an attribute of the model has changed, such as a rate of dropout: graphs have the old."""
-        attributes = list(_attributes(self._step.model, self._step.loss.own))
-        if self._attributes is not None and self._attributes != attributes:
+        beside = _Beside(self._step)
+        if self._beside is not None and self._beside.attributes != beside.attributes:
             self.forget()
             self._step.guard.controller.release_cache()
-        self._attributes = attributes
+        self._beside = beside
 
     def set_parameters(self, parameters: list[nn.Parameter]) -> None:
         """Train these from now on: what is captured has gradients for others."""
@@ -347,12 +346,12 @@ class GraphedMicroBatches:
         self._alone = True
         before = memory.read()
         memory.reset_peak()
-        chance = _chance()
+        beside = _Beside(self._step)
         graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares, soft))
         if graph is None:
             return None
-        if _chance() != chance:
-            self._turn_off(_CHANCE)
+        if reason := beside.changed(_Beside(self._step)):
+            self._turn_off(f"{reason}, which a replay would not")
             return None
         assert losses is not None
         after = memory.read()
@@ -438,13 +437,36 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _attributes(*parts: Any) -> Iterator[tuple[str, Any]]:
-    """The plain attributes of modules, whose values a graph holds for good."""
-    for part in parts:
-        for module in part.modules() if isinstance(part, nn.Module) else ():
-            for name, value in vars(module).items():
-                if isinstance(value, (bool, int, float, str)):
-                    yield name, value
+class _Beside:
+    """What a step's Python may read or change besides launching kernels; a graph has it as it was, and changes nothing.
+
+    Attributes:
+        attributes: plain ones of the modules of model and loss, such as a rate of dropout.
+        tensors: those that modules keep, other than parameters.
+        chance: the state of the host's random numbers.
+    """
+
+    def __init__(self, step: TrainStep) -> None:
+        parts = (part for part in (step.model, step.loss.own) if isinstance(part, nn.Module))
+        modules = [module for part in parts for module in part.modules()]
+        kept = [item for module in modules for item in vars(module).items()]
+        self.attributes = [item for item in kept if isinstance(item[1], (bool, int, float, str))]
+        # what torch's hooks keep is made anew from parameters before each use
+        own = [module for module in modules if not any(getattr(module, kind, None) for kind in _HOOKS)]
+        values = [value for module in own for value in (*vars(module).values(), *module._buffers.values())]
+        self.tensors = [value for value in values if isinstance(value, Tensor)]
+        states = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy())  # noqa: NPY002
+        self.chance = pickle.dumps(states)
+
+    def changed(self, after: _Beside) -> str:
+        """What a step has changed; empty where nothing."""
+        if self.chance != after.chance:
+            return "it draws random numbers on the host"
+        if self.attributes != after.attributes:
+            return "it changes an attribute"
+        if list(map(id, self.tensors)) != list(map(id, after.tensors)):
+            return "it puts another tensor in the place of one that it keeps"
+        return ""
 
 
 def _skipped(model: nn.Module) -> str:
@@ -457,11 +479,6 @@ def _skipped(model: nn.Module) -> str:
             if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils."):
                 return f"{name or 'the model'} has a hook, which a replay would not call"
     return ""
-
-
-def _chance() -> bytes:
-    """The state of the host's random numbers."""
-    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))  # noqa: NPY002
 
 
 def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
