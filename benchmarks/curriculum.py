@@ -219,7 +219,7 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     images = curriculum_data.digits() if arguments.suite == "digits" else _DATA[arguments.suite](Path(arguments.data))
     say(f"{len(specs)} runs on {', '.join(devices)} x {arguments.processes}; data ready after {elapsed(began)}")
-    with tempfile.TemporaryDirectory() as folder, out.open("a", newline="") as file:
+    with tempfile.TemporaryDirectory() as folder, out.open("a", newline="", buffering=1) as file:
         data = Path(folder) / "images.pickle"
         data.write_bytes(pickle.dumps(images))
         writer = csv.DictWriter(file, COLUMNS)
