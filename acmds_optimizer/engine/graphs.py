@@ -302,7 +302,7 @@ class GraphedMicroBatches:
     def begin_epoch(self) -> None:
         """Capture anew where an attribute of the model has changed, such as a rate of dropout: graphs have the old."""
         beside = _Beside(self._step)
-        if self._beside is not None and self._beside.attributes != beside.attributes:
+        if self._graphs and self._beside is not None and self._beside.attributes != beside.attributes:
             self.forget()
             self._step.guard.controller.release_cache()
         self._beside = beside
