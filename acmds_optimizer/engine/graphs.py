@@ -96,7 +96,8 @@ class GraphedMicroBatches:
         self._seconds: dict[tuple[int, bool], list[float]] = {}
         self._not_faster: set[int] = set()
         self._launch_seconds = math.inf
-        self._beside: _Beside | None = None
+        self._attributes: list[tuple[str, Any]] | None = None
+        """Those of the model when the epoch began."""
         self.pool_bytes = 0
         """What the pool keeps between steps, beside which anything eager has to fit."""
         self._pool = torch.cuda.graph_pool_handle()
@@ -301,11 +302,11 @@ class GraphedMicroBatches:
 
     def begin_epoch(self) -> None:
         """Capture anew where an attribute of the model has changed, such as a rate of dropout: graphs have the old."""
-        beside = _Beside(self._step)
-        if self._graphs and self._beside is not None and self._beside.attributes != beside.attributes:
+        attributes = _attributes(_modules(self._step))
+        if self._graphs and self._attributes not in (None, attributes):
             self.forget()
             self._step.guard.controller.release_cache()
-        self._beside = beside
+        self._attributes = attributes
 
     def set_parameters(self, parameters: list[nn.Parameter]) -> None:
         """Train these from now on: what is captured has gradients for others."""
@@ -437,20 +438,29 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _modules(step: TrainStep) -> list[nn.Module]:
+    """All modules of model and loss."""
+    parts = (part for part in (step.model, step.loss.own) if isinstance(part, nn.Module))
+    return [module for part in parts for module in part.modules()]
+
+
+def _attributes(modules: list[nn.Module]) -> list[tuple[str, Any]]:
+    """The plain attributes of modules, such as a rate of dropout."""
+    return [item for each in modules for item in vars(each).items() if isinstance(item[1], (bool, int, float, str))]
+
+
 class _Beside:
     """What a step's Python may read or change besides launching kernels; a graph has it as it was, and changes nothing.
 
     Attributes:
-        attributes: plain ones of the modules of model and loss, such as a rate of dropout.
+        attributes: plain ones of the modules of model and loss.
         tensors: those that modules keep, other than parameters.
         chance: the state of the host's random numbers.
     """
 
     def __init__(self, step: TrainStep) -> None:
-        parts = (part for part in (step.model, step.loss.own) if isinstance(part, nn.Module))
-        modules = [module for part in parts for module in part.modules()]
-        kept = [item for module in modules for item in vars(module).items()]
-        self.attributes = [item for item in kept if isinstance(item[1], (bool, int, float, str))]
+        modules = _modules(step)
+        self.attributes = _attributes(modules)
         # what torch's hooks keep is made anew from parameters before each use
         own = [module for module in modules if not any(getattr(module, kind, None) for kind in _HOOKS)]
         values = [value for module in own for value in (*vars(module).values(), *module._buffers.values())]
