@@ -42,15 +42,13 @@ from benchmarks.curriculum_table import COLUMNS, print_tables
 ARMS = ("none", "easy", "hard", "random", "matched", "auto", "relabel", "watch")
 """Values of `direction`; relabel is auto with that `noise_action`, watch a shuffle beside which the gate looks on, for
 --record."""
+_ON_THE_CPU: dict[str, Any] = {
+    "enable_amp": False, "max_batch_size": 64, "min_batch_size": 64, "optimizer": "adamw", "warmup_fraction": 0.1,
+    "memory_limit_gb": 4.0, "target_headroom_gb": 1.0, "num_workers": 0,
+}  # fmt: skip
 SPEED: dict[str, dict[str, Any]] = {
-    "digits": {
-        "enable_amp": False, "max_batch_size": 64, "min_batch_size": 64, "optimizer": "adamw", "lr": 5e-3,
-        "warmup_fraction": 0.1, "augment": False, "memory_limit_gb": 4.0, "target_headroom_gb": 1.0, "num_workers": 0,
-    },
-    "photos": {
-        "enable_amp": False, "max_batch_size": 64, "min_batch_size": 64, "optimizer": "adamw", "lr": 3e-3,
-        "warmup_fraction": 0.1, "augment": True, "memory_limit_gb": 4.0, "target_headroom_gb": 1.0, "num_workers": 0,
-    },
+    "digits": {**_ON_THE_CPU, "lr": 5e-3, "augment": False},
+    "photos": {**_ON_THE_CPU, "lr": 3e-3, "augment": True},
     "cifar": {
         "amp_dtype": "bf16", "enable_cuda_graphs": True, "max_batch_size": 512, "min_batch_size": 512,
         "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "warmup_fraction": 0.2, "augment": True,
