@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -560,7 +563,50 @@ def test_normalisation_equals_torchvision():
 
 def test_images_without_statistics_are_scaled_to_0_to_1():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
-    assert Normaliser(spec_for(mean=None, std=None), CPU)(images).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert Normaliser(spec_for(shape=(1, 1, 1), mean=None, std=None), CPU)(images).flatten().tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_the_kernel_that_normalises_gives_what_pytorch_does(monkeypatch):
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA on Linux")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # runs the kernel on the CPU
+    monkeypatch.delitem(sys.modules, "acmds_optimizer.engine.kernels", raising=False)
+    kernels = importlib.import_module("acmds_optimizer.engine.kernels")
+    monkeypatch.delitem(sys.modules, "acmds_optimizer.engine.kernels")  # the next to import it gets a real one
+    images = torch.randint(0, 256, (3, 3, 25, 17), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.rand(3, 1, 1), torch.rand(3, 1, 1)
+    found = kernels.compile_normalise(scale, shift)(images)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found, torch.addcmul(shift, images, scale), rtol=1e-6)
+
+
+def test_images_are_normalised_where_nothing_can_be_compiled(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "acmds_optimizer.engine.kernels", None)
+    normalise = Normaliser(spec_for(), CPU, channels_last=True)
+    with caplog.at_level(logging.DEBUG):
+        normalise._compile()
+    assert normalise._compiled is None
+    assert "PyTorch's own kernel" in caplog.text
+
+
+@pytest.mark.gpu
+def test_many_large_batches_are_normalised_by_a_compiled_kernel_with_the_same_bits():
+    pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA on Linux")
+    normalise = Normaliser(spec_for(shape=(3, 225, 225)), torch.device("cuda"), channels_last=True)
+    images = torch.randint(0, 256, (29, 3, 225, 225), dtype=torch.uint8, device="cuda")
+    images = images.contiguous(memory_format=torch.channels_last)
+    expected = normalise(images).clone()
+    for _ in range(100):
+        normalise(images)
+    deadline = time.monotonic() + 60
+    while normalise._compiled is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert normalise._compiled is not None
+    found = normalise(images)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+    part = images[1:]  # begins at an address that no vector of bytes can be read from
+    assert part.data_ptr() % 16
+    assert torch.equal(normalise(part), expected[1:])
 
 
 def test_random_boxes_have_torchvisions_areas_and_aspects():

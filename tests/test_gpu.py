@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, TrainConfig
@@ -80,7 +81,8 @@ def test_layers_that_are_frozen_and_trained_in_turn_learn_with_graphs_what_they_
             epochs = [trainer.train_epoch()["epoch_loss"]]
             layer.requires_grad_(True)
             last.requires_grad_(False)
-            before = [parameter.clone() for parameter in (*layer.parameters(), *last.parameters())]
+            # not detached, they would keep nodes of the autograd graph alive, which no capture can use
+            before = [parameter.detach().clone() for parameter in (*layer.parameters(), *last.parameters())]
             epochs += [trainer.train_epoch()["epoch_loss"] for _ in range(2)]
             after = [*layer.parameters(), *last.parameters()]
             assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [False] * 12 + [True] * 2
@@ -89,6 +91,45 @@ def test_layers_that_are_frozen_and_trained_in_turn_learn_with_graphs_what_they_
                 assert trainer.train_step.graphs.largest > 0, "something was captured again"
         found.append(epochs)
     assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+class _Asks(nn.Module):
+    """Asks the GPU for a number, as no graph can."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs if inputs.sum().item() != 0.5 else -inputs
+
+
+def test_a_model_that_cannot_be_captured_trains_without_and_leaves_nothing_behind():
+    torch.zeros(1, device="cuda")
+    reserved = torch.cuda.memory_reserved()
+    found = []
+    for graphs in (True, False):
+        trainer = make(enable_cuda_graphs=graphs, min_batch_size=256, enable_amp=False)
+        trainer.model.fc = nn.Sequential(_Asks(), nn.Dropout(0.1), trainer.model.get_submodule("fc"))
+        found.append(losses(trainer))
+        if graphs:
+            assert trainer.train_step.graphs is not None
+            assert "CUDA error" in trainer.train_step.graphs.off_reason
+            del trainer
+            gc.collect()
+            torch.cuda.empty_cache()
+            assert torch.cuda.memory_reserved() - reserved < 64 * 2**20, "the pool is gone"
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    # the allocator still gives cached blocks back where memory is short
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2 * GIB) / torch.cuda.mem_get_info()[1])
+    try:
+        block = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+        del block
+        torch.empty(GIB + GIB // 2, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    again = make(enable_cuda_graphs=True, min_batch_size=256)
+    with again:
+        again.train_epoch()
+        assert again.train_step.graphs is not None
+        assert again.train_step.graphs.largest == 256, "another model is captured as ever"
 
 
 def test_the_headroom_is_kept_by_graphs():

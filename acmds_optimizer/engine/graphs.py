@@ -14,6 +14,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -43,6 +44,8 @@ _BUSY = 2.5
 _LEAST_GAIN = 0.05
 """What a graph must gain at a size to be kept there, where nobody asked for graphs."""
 _CHANGING = "which parameters it uses changes from step to step"
+_abandoned: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: the allocator of pinned memory goes on asking them whether it is theirs."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -396,18 +399,23 @@ class GraphedMicroBatches:
     ) -> tuple[torch.cuda.CUDAGraph | None, Tensor | None]:
         """What `run` launches, as a graph, and what it returns; (None, None) where it cannot be captured."""
         graph = torch.cuda.CUDAGraph()
+        device, pool = self._parameters[0].device, self._pool
         self.captures += 1
+        ended = False
         try:
             # by hand: `torch.cuda.graph` empties the cache, which the next steps would have to fill again
             torch.cuda.synchronize()
-            with torch.cuda.stream(_capture_stream(self._parameters[0].device)):
+            with torch.cuda.stream(_capture_stream(device)):
                 # the threads that pin batches and that NCCL has call CUDA meanwhile: minding all of it would end here
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     result = run()
                 finally:
                     graph.capture_end()
+                    ended = True
         except Exception as error:
+            if not ended:
+                _abandon(graph, pool, device)
             if is_out_of_memory(error):
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
@@ -415,6 +423,10 @@ class GraphedMicroBatches:
             return graph, result
         if what == "model":
             self._turn_off(reason)
+            self._step.guard.controller.release_cache()
+            if torch.cuda.memory_snapshot(pool):
+                torch._C._cuda_releasePool(device.index, pool)  # PyTorch counts the graph that failed as well
+                self._step.guard.controller.release_cache()
         else:
             logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
         return None, None
@@ -430,6 +442,23 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
     if reason and wanted is True:
         logger.warning("CUDA graphs: %s; training without", reason)
     return False if reason else wanted
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """Make PyTorch notice that a capture has ended by an error, which up to 2.11 it does not (pytorch 180395).
+
+    Its allocator would no longer give cached memory back in time of need, and its random numbers for the device would
+    raise an error for good: their state learns of the end from a capture that succeeds.
+    """
+    graph.reset()
+    _abandoned.append(graph)
+    with suppress(RuntimeError):  # the allocator knows already
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    another, nothing = torch.cuda.CUDAGraph(), torch.zeros(1, device=device)
+    with torch.cuda.stream(_capture_stream(device)):
+        another.capture_begin(capture_error_mode="thread_local")
+        nothing.zero_()
+        another.capture_end()
 
 
 @cache

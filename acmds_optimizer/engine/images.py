@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,13 +16,20 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from acmds_optimizer.engine.augment import Cutouts, scaled
-from acmds_optimizer.errors import DataError
+from acmds_optimizer.errors import DataError, first_line
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_RATIO = 224 / 256
 """Share of the shorter side that validation keeps of large images: resize to 256, cut out 224."""
 
 MIN_AREA, MAX_AREA, MAX_ASPECT = 0.08, 1.0, 4 / 3
 """RandomResizedCrop's share of the area and largest ratio of the sides, as in torchvision."""
+
+_LARGE = 2**22
+"""Values of a batch from which on the compiled kernel gains more than its launch costs the host."""
+_WORTH_COMPILING = 100
+"""Large batches before it is compiled, which takes a second of a CPU core where it is not in Triton's cache."""
 
 Box = tuple[float, float, float, float]
 """left, top, width, height in pixels of the stored image."""
@@ -56,6 +66,8 @@ class InputSpec:
 class Normaliser:
     """uint8 (n, C, H, W) to float32 (image / 255 - mean) / std, on the device. Floats are passed through.
 
+    On CUDA a faster kernel with the same result is compiled in the background once many large batches were normalised.
+
     Args:
         spec: how images become inputs.
         device: where.
@@ -65,21 +77,39 @@ class Normaliser:
     def __init__(self, spec: InputSpec, device: torch.device, channels_last: bool = False) -> None:
         self._identity = spec.is_float
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._large_batches = 0
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         if spec.is_float:
             return
         if spec.mean is None or spec.std is None:
-            self._scale, self._shift = torch.tensor(1 / 255, device=device), torch.tensor(0.0, device=device)
+            mean, std = torch.zeros(spec.shape[0]), torch.ones(spec.shape[0])
         else:
             mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-            self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
-            self._shift = (-mean / std).view(-1, 1, 1).to(device)
+        self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
+        self._shift = (-mean / std).view(-1, 1, 1).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         if self._identity:
             return images
         if images.device.type == "cpu":  # where one pass over mixed types is slower
             return images.to(torch.float32).mul_(self._scale).add_(self._shift)
-        return torch.addcmul(self._shift, images.contiguous(memory_format=self._layout), self._scale)
+        images = images.contiguous(memory_format=self._layout)
+        if self._layout is torch.channels_last and images.numel() >= _LARGE and images.data_ptr() % 16 == 0:
+            if self._compiled is not None:
+                return self._compiled(images)
+            self._large_batches += 1
+            if self._large_batches == _WORTH_COMPILING:
+                threading.Thread(target=self._compile, daemon=True).start()
+        return torch.addcmul(self._shift, images, self._scale)
+
+    def _compile(self) -> None:
+        try:
+            from acmds_optimizer.engine.kernels import compile_normalise
+
+            with torch.cuda.device(self._scale.device):
+                self._compiled = compile_normalise(self._scale, self._shift)
+        except Exception as error:  # noqa: BLE001  # without Triton or a C compiler PyTorch's kernel is as good
+            logger.debug("images are normalised by PyTorch's own kernel (%s)", first_line(error))
 
 
 @dataclass(frozen=True)
