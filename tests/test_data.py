@@ -563,7 +563,9 @@ def test_normalisation_equals_torchvision():
 
 def test_images_without_statistics_are_scaled_to_0_to_1():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
-    assert Normaliser(spec_for(shape=(1, 1, 1), mean=None, std=None), CPU)(images).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert Normaliser(spec_for(shape=(1, 1, 1), mean=None, std=None), CPU)(images).flatten().tolist() == pytest.approx(
+        [0, 0.2, 1]
+    )
 
 
 def test_the_kernel_that_normalises_gives_what_pytorch_does(monkeypatch):

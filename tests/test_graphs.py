@@ -16,7 +16,8 @@ from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.graphs import _can_be_captured
 from acmds_optimizer.engine.loss import TrainingLoss
-from acmds_optimizer.engine.step import TrainStep
+from acmds_optimizer.engine.rehearsal import rehearse
+from acmds_optimizer.engine.step import StepClock, TrainStep
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
 
@@ -357,6 +358,35 @@ def test_an_odd_last_batch_is_not_captured_however_many_epochs_there_are():
             step.guard.run(lambda micro: step(batch_of(micro, 0), micro), size)
             step.guard.zero_grad()
     assert set(captured) == {8}
+
+
+def test_a_graph_that_does_not_pay_goes_with_that_of_the_part_that_is_one_sample_shorter():
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    graphs._only_if_faster = True
+    graphs._graphs = {683: cast(Any, None), 682: cast(Any, None), 64: cast(Any, None)}
+    for replayed, seconds in ((False, 0.1), (True, 0.099)):
+        for _ in range(5):
+            graphs.timed(683, seconds, replayed=replayed)
+    assert list(graphs._graphs) == [64]
+
+
+def test_the_time_of_a_launch_is_taken_once_kernels_are_loaded_also_where_the_first_size_does_not_fit():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 400), nn.Linear(400, 3))
+    config = CurriculumConfig(min_batch_size=512, max_batch_size=512, memory_limit_gb=0.0012, target_headroom_gb=1e-4)
+    controller = MemoryPressureController("cpu", config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = TrainStep(model, Guard(model, optimizer, controller), TrainingLoss(), cuda_graphs=True)
+    assert step.graphs is not None
+    step.graphs._is_due = lambda size: False  # type: ignore[method-assign]  # there is nothing to capture with
+    launches: list[float] = []
+    step.graphs.note_launch = launches.append  # type: ignore[method-assign, assignment]
+    failed: list[Any] = []
+    rehearse(step, StepClock(controller.device), batch_of(512, 0), 1.0, failed.append)
+    assert len(failed) == 1, "512 do not fit"
+    assert len(launches) >= 3
 
 
 @pytest.mark.parametrize("budget_mb", [3300, 3700, 4100])

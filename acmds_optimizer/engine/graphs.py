@@ -228,6 +228,8 @@ class GraphedMicroBatches:
         logger.info("CUDA graphs: off for micro-batches of %d, %+.1f %% is too little", size, 100 * gain)
         self._not_faster.add(size)
         del self._graphs[size]
+        if (size - 1, False) not in self._seconds:  # captured for the sake of this size, without a look at its own time
+            self._graphs.pop(size - 1, None)
         if not self._graphs:
             self.release()
         self._step.guard.controller.release_cache(collect=False)  # the pool's blocks are of no use to others
@@ -418,7 +420,7 @@ class GraphedMicroBatches:
                 _abandon(graph, pool, device)
             if is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = _reason(error)
         else:
             return graph, result
         if what == "model":
@@ -442,6 +444,12 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
     if reason and wanted is True:
         logger.warning("CUDA graphs: %s; training without", reason)
     return False if reason else wanted
+
+
+def _reason(error: BaseException) -> str:
+    """What ended a capture; that it could not be ended for this is another error on top."""
+    first = error.__context__ or error
+    return f"{type(first).__name__}: {first_line(first)}"
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:

@@ -41,15 +41,16 @@ def rehearse(
         OutOfMemoryForGoodError: not one sample fits.
     """
     guard, controller = train_step.guard, train_step.guard.controller
-    failed, last = 0, 0
+    failed, last, fitted = 0, 0, False
     for _ in range(_REHEARSALS):
         size = min(controller.decide(sample_work, rehearsal=True).batch, len(batch))
         if size == last:
             break
         # two sizes tell enough for a last leap
         leap = controller.state.peaks.sizes >= 2 and size <= _LAST_LEAP * last
-        # the smallest is timed too, which costs little; the first real steps will tell the time of the others
-        repeats = 1 if last else 1 + controller.state.times.needed
+        # the first that fits is timed too, and how long its launch takes once its kernels are loaded; the first real
+        # steps will tell the time of the others
+        repeats = 1 if fitted else 1 + controller.state.times.needed
         last = size
         for repeat in range(repeats + 1):
             # the first use of a size may search for kernels, which takes memory: one that seems too large goes again
@@ -64,6 +65,7 @@ def rehearse(
                 failed += 1
                 on_error(event)
                 break
+            fitted = True
             clock.stop(size, 1, steady=repeat > 0)
             if train_step.graphs is not None:
                 train_step.graphs.note_launch(time.perf_counter() - began)
