@@ -67,6 +67,8 @@ class Driver:
         self.sharers = sharers
         self.ending = ""
         """Why no further trial is started; empty while there is no such reason."""
+        self.stopping = False
+        """Whether somebody asked the running trials to end as well."""
         self._objective = objective
         self._display = display
         self._running: dict[int, _Running] = {}
@@ -79,9 +81,10 @@ class Driver:
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         self._half_time = self._deadline - 30 * minutes if minutes else float("inf")
 
-    def interrupt(self) -> None:
-        """Start nothing more and end the running trials, as on Ctrl-C. May be called from a signal handler."""
+    def interrupt(self, *, stop: bool) -> None:
+        """Start nothing more, and with `stop` end the running trials. May be called from a signal handler."""
         self.ending = INTERRUPTED
+        self.stopping |= stop
         self.study.interrupt()
 
     @property
@@ -140,7 +143,7 @@ class Driver:
         if time.monotonic() > self._deadline:
             self.ending = self.ending or OUT_OF_TIME
             self._stop(number, OUT_OF_TIME)
-        if self.ending == INTERRUPTED:
+        if self.stopping:
             self._stop(number, INTERRUPTED)
 
     def _stop(self, number: int, reason: str) -> None:

@@ -139,7 +139,8 @@ def run_search(
             record = study.record()
             confirmed = summary(record, best) if best and f"trial {best.number}" in confirmations(record) else ""
             compared = against_baselines(record)
-            return SearchResult(directory, best, driver.ending, study.missing, compared, confirmed)
+            ending = driver.ending if study.missing else ""  # the trial that Ctrl-C let end may have been the last
+            return SearchResult(directory, best, ending, study.missing, compared, confirmed)
     except BaseException as error:
         if study is not None:
             with _signals_to(signal.SIG_IGN):  # takes a second or two, and is all that is left of the search
@@ -156,13 +157,17 @@ def run_search(
 
 
 def _interruptible(driver: Driver) -> AbstractContextManager[None]:
-    """The first Ctrl-C (or SIGTERM) ends the running trial and the search in order; the second ends it at once."""
+    """The first Ctrl-C makes the running trial the last, the second (or SIGTERM) ends it, the third ends all."""
 
     def handle(number: int, frame: object) -> None:
-        if driver.ending == INTERRUPTED:
+        if driver.stopping:
             raise KeyboardInterrupt
-        driver.interrupt()
-        console().print("ending the running trial; press Ctrl-C again to stop at once")
+        last = number == signal.SIGINT and driver.ending != INTERRUPTED and not driver.idle
+        driver.interrupt(stop=not last)
+        if last:
+            console().print("the running trial is the last one; press Ctrl-C again to end it now")
+        else:
+            console().print("ending the running trial; press Ctrl-C again to stop at once")
 
     return _signals_to(handle)
 

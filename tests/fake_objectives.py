@@ -133,10 +133,27 @@ def prints(settings: Mapping[str, Any], directory: Path, report: Callable, shoul
     return figures()
 
 
+def _tell_search(directory: Path, number: int) -> None:
+    """Send a signal to the search, whose pid the test has written down."""
+    os.kill(int((directory.parents[3] / "driver.pid").read_text(encoding="utf-8")), number)
+
+
 def interrupts(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
-    """Presses Ctrl-C in the search (whose pid the test has written down) once it runs as the second trial."""
+    """As the second trial presses Ctrl-C in the search, and goes on for a second."""
     if directory.name == "0001":
-        os.kill(int((directory.parents[3] / "driver.pid").read_text(encoding="utf-8")), signal.SIGINT)
+        _tell_search(directory, signal.SIGINT)
+        for step in range(1, 101):
+            report(progress(step))
+            if should_stop():
+                return figures() | {"steps": step, "stopped_early": True}
+            time.sleep(0.01)
+    return ok(settings, directory, report, should_stop)
+
+
+def terminates(settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable) -> dict[str, Any]:
+    """As the second trial sends SIGTERM to the search."""
+    if directory.name == "0001":
+        _tell_search(directory, signal.SIGTERM)
         return goes_on(settings, directory, report, should_stop)
     return ok(settings, directory, report, should_stop)
 
@@ -198,17 +215,18 @@ def says_where_it_is(
     return figures()
 
 
-def interrupts_twice(
+def interrupts_thrice(
     settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
 ) -> dict[str, Any]:
-    """Presses Ctrl-C in the search, does not stop, and presses it again."""
+    """As the second trial presses Ctrl-C in the search until it is asked to stop, does not, and presses it again."""
     if directory.name == "0001":
-        search = int((directory.parents[3] / "driver.pid").read_text(encoding="utf-8"))
-        os.kill(search, signal.SIGINT)
+        for _ in range(2):
+            _tell_search(directory, signal.SIGINT)
+            time.sleep(1.0)
         while not should_stop():
             report(progress(1))
             time.sleep(0.01)
-        os.kill(search, signal.SIGINT)
+        _tell_search(directory, signal.SIGINT)
         return hangs(settings, directory, report, should_stop)
     return ok(settings, directory, report, should_stop)
 

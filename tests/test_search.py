@@ -128,10 +128,23 @@ def test_a_study_is_never_written_over(search: Callable[..., SearchResult]) -> N
 
 
 @pytest.mark.parametrize("backend", ["ray", "local"])
-def test_ctrl_c_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
+def test_ctrl_c_stops_a_search_after_the_running_trial(search: Callable[..., SearchResult], backend: str) -> None:
+    result = search("interrupts", backend=backend)
+    assert (result.ending, result.interrupted, result.missing) == (INTERRUPTED, True, 4)
+    assert list(table(result).status) == ["ok", "ok"]
+    assert (result.directory / "report.html").is_file()
+
+
+def test_ctrl_c_in_the_last_trial_leaves_nothing_to_go_on_with(search: Callable[..., SearchResult]) -> None:
+    result = search("interrupts", TEXT.replace("trials: 6", "trials: 2"), backend="local")
+    assert (result.ending, result.interrupted, result.missing) == ("", False, 0)
+
+
+@pytest.mark.parametrize("backend", ["ray", "local"])
+def test_sigterm_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
     search: Callable[..., SearchResult], backend: str
 ) -> None:
-    result = search("interrupts", backend=backend)
+    result = search("terminates", backend=backend)
     rows = table(result)
     assert (result.ending, result.interrupted, result.missing) == (INTERRUPTED, True, 5)
     assert list(rows.status) == ["ok", "stopped"]
@@ -145,10 +158,12 @@ def test_ctrl_c_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
     assert rows["config/lr"].nunique() == 6
 
 
-def test_a_second_ctrl_c_ends_the_search_at_once_and_still_writes_the_page(search: Callable[..., SearchResult]) -> None:
+def test_a_third_ctrl_c_ends_the_search_at_once_and_still_writes_the_page(
+    search: Callable[..., SearchResult],
+) -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        search("interrupts_twice", TEXT.replace("silence: 1", "silence: 60"), backend="local")
+        search("interrupts_thrice", TEXT.replace("silence: 1", "silence: 60"), backend="local")
     assert time.monotonic() - began < STOP_GRACE_S
     result = search("ok", resume=True, backend="local", overrides={"trials": 3})
     rows = table(result)
@@ -240,7 +255,7 @@ def test_after_ctrl_c_everything_is_written_before_ray_is_called_again(tmp_path:
         assert searcher.suggest("") is None  # as Ray asks at once; the trial need not wait for the files
         if ended.status == "stopped":
             assert (tmp_path / "s" / "best.json").is_file()  # whatever happens to the search from now on
-            driver.interrupt()
+            driver.interrupt(stop=True)
         searcher.on_trial_complete(name, {"ended": json.dumps(asdict(ended))})
     driver.study.close()
     assert list(pd.read_csv(tmp_path / "s" / "trials.csv").status) == ["ok", "stopped"]
