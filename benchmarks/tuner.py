@@ -27,6 +27,7 @@ from typing import Any
 
 from acmds_tune.records import busy_share, choose_best, confirmations
 from acmds_tune.report import load_study
+from acmds_tune.space_load import load
 
 QUICK = """
 trials: {trials}
@@ -154,14 +155,15 @@ def finish(table: Any, command: list[str], study: Path, trials: int) -> None:
 def study(folder: Path, backend: list[str], file: str, deadline: int = 300) -> None:
     """Run the file's search, or go on with it, and write a row for the best, the defaults and the best fixed batch."""
     began = time.monotonic()
+    last = (load(file, resumed=True).budget.seconds or 10.0) + 15.0  # the trial under way ends first, then the report
     command = tune("search", file, "--results-dir", str(folder / "results"), "--resume", *backend)
     process = subprocess.Popen(command, stdout=DEVNULL)
     try:
-        process.wait(max(1.0, deadline - 20.0))
+        process.wait(max(1.0, deadline - last))
     except subprocess.TimeoutExpired:
         say("the deadline is near: ending the search")
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        process.wait(last)
     wall = time.monotonic() - began
     found = folder / "results" / Path(file).stem
     if not (found / "journal.log").is_file():
