@@ -58,7 +58,7 @@ COLUMNS = {
     "images_per_second": "median over the rounds",
     "ratio": "median over the rounds of the rate by the plain loop's (cifar: the graph's; jpeg: the slower limit's)",
     "ratio_lowest": "the lowest of the rounds",
-    "peak_gb": "peak of allocated memory while it ran alone, beyond what was there",
+    "peak_gb": "peak of allocated memory while it ran alone, beyond what was there; ours with the others' blocks",
     "batch_last": "micro-batch of the last step",
     "seconds_before": "from building it to the end of its warm-up; in part first, to the first step",
     "rounds": "blocks that count",
