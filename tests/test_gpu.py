@@ -100,17 +100,27 @@ class _Asks(nn.Module):
         return inputs if inputs.sum().item() != 0.5 else -inputs
 
 
-def test_a_model_that_cannot_be_captured_trains_without_and_leaves_nothing_behind():
+class _Refuses(nn.Module):
+    """Raises an error of its own, after which the capture can be ended in order."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not while a graph is captured")
+        return inputs
+
+
+@pytest.mark.parametrize(("layer", "reason"), [(_Asks, "CUDA error"), (_Refuses, "not while a graph")])
+def test_a_model_that_cannot_be_captured_trains_without_and_leaves_nothing_behind(layer, reason):
     torch.zeros(1, device="cuda")
     reserved = torch.cuda.memory_reserved()
     found = []
     for graphs in (True, False):
         trainer = make(enable_cuda_graphs=graphs, min_batch_size=256, enable_amp=False)
-        trainer.model.fc = nn.Sequential(_Asks(), nn.Dropout(0.1), trainer.model.get_submodule("fc"))
+        trainer.model.fc = nn.Sequential(layer(), nn.Dropout(0.1), trainer.model.get_submodule("fc"))
         found.append(losses(trainer))
         if graphs:
             assert trainer.train_step.graphs is not None
-            assert "CUDA error" in trainer.train_step.graphs.off_reason
+            assert reason in trainer.train_step.graphs.off_reason
             del trainer
             gc.collect()
             torch.cuda.empty_cache()

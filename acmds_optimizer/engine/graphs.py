@@ -420,13 +420,15 @@ class GraphedMicroBatches:
                 _abandon(graph, pool, device)
             if is_out_of_memory(error):
                 raise
-            reason = _reason(error)
+            # a capture that was ended by an error cannot be closed without another
+            reason = _named(error if ended else error.__context__ or error)
         else:
             return graph, result
         if what == "model":
             self._turn_off(reason)
+            del graph  # what it holds in the pool goes with it, unless its capture never ended
             self._step.guard.controller.release_cache()
-            if torch.cuda.memory_snapshot(pool):
+            if not ended and torch.cuda.memory_snapshot(pool):
                 torch._C._cuda_releasePool(device.index, pool)  # PyTorch counts the graph that failed as well
                 self._step.guard.controller.release_cache()
         else:
@@ -446,10 +448,8 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
     return False if reason else wanted
 
 
-def _reason(error: BaseException) -> str:
-    """What ended a capture; that it could not be ended for this is another error on top."""
-    first = error.__context__ or error
-    return f"{type(first).__name__}: {first_line(first)}"
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:

@@ -96,7 +96,8 @@ class Normaliser:
         images = images.contiguous(memory_format=self._layout)
         if self._layout is torch.channels_last and images.numel() >= _LARGE and images.data_ptr() % 16 == 0:
             if self._compiled is not None:
-                return self._compiled(images)
+                with torch.cuda.device(images.device):  # Triton launches on the current one
+                    return self._compiled(images)
             self._large_batches += 1
             if self._large_batches == _WORTH_COMPILING:
                 threading.Thread(target=self._compile, daemon=True).start()
