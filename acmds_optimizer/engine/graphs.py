@@ -429,7 +429,8 @@ class GraphedMicroBatches:
             del graph  # what it holds in the pool goes with it, unless its capture never ended
             self._step.guard.controller.release_cache()
             if not ended and torch.cuda.memory_snapshot(pool):
-                torch._C._cuda_releasePool(device.index, pool)  # PyTorch counts the graph that failed as well
+                with suppress(RuntimeError):  # up to 2.13 or so the graph that failed is counted for good (190348)
+                    torch._C._cuda_releasePool(device.index, pool)
                 self._step.guard.controller.release_cache()
         else:
             logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
