@@ -222,7 +222,7 @@ def interrupts_thrice(
     if directory.name == "0001":
         for _ in range(2):
             _tell_search(directory, signal.SIGINT)
-            time.sleep(1.0)
+            time.sleep(0.5)
         while not should_stop():
             report(progress(1))
             time.sleep(0.01)

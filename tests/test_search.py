@@ -140,11 +140,10 @@ def test_ctrl_c_in_the_last_trial_leaves_nothing_to_go_on_with(search: Callable[
     assert (result.ending, result.interrupted, result.missing) == ("", False, 0)
 
 
-@pytest.mark.parametrize("backend", ["ray", "local"])
 def test_sigterm_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
-    search: Callable[..., SearchResult], backend: str
+    search: Callable[..., SearchResult],
 ) -> None:
-    result = search("terminates", backend=backend)
+    result = search("terminates")
     rows = table(result)
     assert (result.ending, result.interrupted, result.missing) == (INTERRUPTED, True, 5)
     assert list(rows.status) == ["ok", "stopped"]
