@@ -117,7 +117,7 @@ class TrialProcess:
         self._kernel_kills = host_memory.kills()
         self._gpus = _gpus(task)
         self._gpu_bytes = {gpu: nvml.used_bytes(gpu) for gpu in self._gpus if not task.gpu_shared}
-        self._busy: list[float] = []
+        self._busy_seconds = self._busy_measured = 0.0
         self._started = self._heard = self._measured = time.monotonic()
         # Ray sets 1; torch reads it when the fork server imports it
         os.environ["OMP_NUM_THREADS"] = str(_threads(task.sharers))
@@ -176,12 +176,19 @@ class TrialProcess:
         elif self.task.silence_timeout_s is not None and now - self._heard > self._silence_s:
             self._finish(self._so_far("timeout", f"gave no sign of progress for {self.task.silence_timeout_s:g} s"))
         elif now - self._measured > MEASURE_S:
-            self._measured = now
-            self._busy += [busy for gpu in self._gpus if (busy := nvml.busy_fraction(gpu)) is not None]
+            self._measure_busy(now)
             reason = self._too_much_host_memory()
             if reason:
                 self._finish(self._so_far("host_oom", reason))
         return news
+
+    def _measure_busy(self, now: float) -> None:
+        """Count how busy the GPUs are now for all the time since the last reading: PyTorch's import has only one."""
+        readings = [busy for gpu in self._gpus if (busy := nvml.busy_fraction(gpu)) is not None]
+        if readings:
+            self._busy_seconds += (now - self._measured) * sum(readings) / len(readings)
+            self._busy_measured += now - self._measured
+        self._measured = now
 
     @property
     def _silence_s(self) -> float:
@@ -250,13 +257,14 @@ class TrialProcess:
         return Ended(status, reason, figures_so_far(self._progress))
 
     def _finish(self, ended: Ended) -> None:
+        self._measure_busy(time.monotonic())
         self.kill()
         self._receive.close()
         self._lifeline.close()
         if ended.status == "stopped" and self._stop_reason:
             ended = replace(ended, reason=self._stop_reason)
-        if self._busy:
-            busy = sum(self._busy) / len(self._busy)
+        if self._busy_measured:
+            busy = self._busy_seconds / self._busy_measured
             ended = replace(ended, figures={**ended.figures, "gpu_busy_fraction": busy})
         self._wait_until_clean()
         self.ended = replace(ended, seconds=time.monotonic() - self._started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,29 @@ def test_the_gpu_is_awaited_until_it_is_as_it_was_before_the_trial(
     trial.stop("enough")
     assert end_of(trial).figures["gpu_busy_fraction"] == 0.5
     assert next(used, "all read") == "all read"
+
+
+def test_the_gpu_counts_as_idle_while_the_first_trial_waits_for_pytorch(
+    start: Callable[..., TrialProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def slow() -> Iterator[None]:
+        time.sleep(1.5)
+        yield
+
+    readings = chain([0.0], repeat(1.0))  # the first one comes when the import is over, and stands for all of it
+    monkeypatch.setattr(nvml, "visible_devices", lambda: ["0"])
+    monkeypatch.setattr(nvml, "used_bytes", lambda gpu: 1000)
+    monkeypatch.setattr(nvml, "busy_fraction", lambda gpu: next(readings))
+    monkeypatch.setattr(child, "MEASURE_S", 0.05)
+    monkeypatch.setattr(child, "_main_module_hidden", slow)
+    trial = start("goes_on")
+    began = time.monotonic()
+    wait_until(lambda: trial.poll(0.05) is not None and time.monotonic() - began > 1.0)
+    trial.stop("enough")
+    ended = end_of(trial)
+    idle = (1.0 - ended.figures["gpu_busy_fraction"]) * ended.seconds
+    assert 1.5 <= idle < ended.seconds - 0.5
 
 
 def test_a_gpu_that_others_use_as_well_is_not_awaited(
