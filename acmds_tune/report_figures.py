@@ -305,7 +305,7 @@ def importance(shares: Mapping[str, Mapping[str, float]]) -> Figure | None:
         }
         for position, (objective, share) in enumerate(shown.items())
     ]
-    x_axis = axis("Share of what sets the best tenth apart", tickformat=".0%", rangemode="tozero")
+    x_axis = axis("Share of the difference between trials", tickformat=".0%", rangemode="tozero")
     y_axis = axis("", showgrid=False, ticks="")
     look = layout(xaxis=x_axis, yaxis=y_axis, bargap=0.35, showlegend=len(data) > 1)
     look["legend"]["traceorder"] = "normal"

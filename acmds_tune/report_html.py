@@ -140,7 +140,7 @@ def comparisons(
         plot(
             "importances",
             "Parameter importances",
-            "Which settings set the best tenth of the trials apart (PED-ANOVA), not in which direction.",
+            "How much of the difference between trials is due to each setting (fANOVA); slices show the direction.",
             figures.importance(shares),
             too_few,
             into,

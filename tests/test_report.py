@@ -34,6 +34,7 @@ SPACE = {
     "direction": CategoricalDistribution(["none", "easy"]),
     "gradient_checkpointing": CategoricalDistribution([True, False]),
 }
+SOMETIMES = {"lr": FloatDistribution(1e-6, 1.0, log=True)}
 SPEED: tuple[dict[str, Any], ...] = ({"name": "samples_per_second", "direction": "maximize"},)
 PARETO = (*SPEED, {"name": "val_loss", "direction": "minimize"})
 MEASURED = {
@@ -104,7 +105,7 @@ class Study:
             create_trial(
                 state=state,
                 params=values,
-                distributions=SPACE,
+                distributions={name: (SPACE | SOMETIMES)[name] for name in values},
                 values=told if state == TrialState.COMPLETE else None,
                 user_attrs=attrs,
             )
@@ -448,6 +449,27 @@ def test_importances_are_shares_for_each_objective_from_ten_trials_on(tmp_path: 
     assert list(shares) == ["samples_per_second", "val_loss"]
     assert sum(shares["samples_per_second"].values()) == pytest.approx(1.0)
     assert max(shares["samples_per_second"], key=shares["samples_per_second"].__getitem__) == "max_batch_size"
+
+
+def test_what_the_sampler_settled_on_early_still_has_its_share(tmp_path: Path) -> None:
+    # as a search on an H200 was: one choice is a third faster, so it is tried most of the time; the rest does nothing
+    study, rng = Study(tmp_path / "demo"), random.Random(0)
+    for number in range(30):
+        slow = number % 6 == 1
+        nothing = {"max_batch_size": rng.randint(4, 256), "pid_kp": rng.uniform(0.01, 1.0)}
+        speed = (4320.0 if slow else 5700.0) + rng.gauss(0.0, 15.0)
+        study.add(speed, searched={"gradient_checkpointing": slow, **nothing})
+    assert report.importances(study.folder)["samples_per_second"]["gradient_checkpointing"] > 0.9
+
+
+def test_importances_where_a_setting_does_not_always_apply_and_where_no_trial_differs(tmp_path: Path) -> None:
+    study = Study(tmp_path / "demo", PARETO)
+    for number in range(12):
+        where = {"lr": 10.0 ** -(1 + number % 5)} if number % 2 else {}
+        study.add(100.0 + 50.0 * (number % 2), searched={"gradient_checkpointing": bool(number % 2), **where})
+    shares = report.importances(study.folder)
+    assert shares["samples_per_second"]["gradient_checkpointing"] > shares["samples_per_second"]["lr"]
+    assert set(shares["val_loss"].values()) == {0.0}
 
 
 def test_all_plots_are_valid_plotly_figures(mixed: Study) -> None:
