@@ -111,6 +111,10 @@ def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
     return f"<section><h2>Confirmation and baselines</h2><p class=muted>{what}</p>{table}{drift}</section>"
 
 
+GOOD_CHOICE = 0.95
+"""Where what the plant put first has this share of the best throughput, a wrong order of the others costs nothing."""
+
+
 def plant_words(study: StudyRecord) -> str:
     """How well the plant predicted what was then measured, and whether to believe it."""
     rows = [row for row in study.trials if row.predicted and row.status in DONE and row.figures["samples_per_second"]]
@@ -130,10 +134,14 @@ def plant_words(study: StudyRecord) -> str:
         words += (
             f" a median error of {100 * error:.1f} %, once scaled. They differ {differ} in the controller's settings. "
         )
+        top = statistics.fmean(m for p, m in zip(predicted, measured, strict=True) if p == max(predicted))
+        share = top / max(measured)
         if max(predicted) < 1.05 * min(predicted):
             words += "Its predictions are within 5 % of each other, so their order says nothing. "
-        elif correlation is None or correlation < 0.5:
-            words += "<b>It predicted badly here:</b> what it put first is no better than a guess. "
+        else:
+            words += f"What it put first measured {share:.2f} times the best of them. "
+            if share < GOOD_CHOICE and (correlation is None or correlation < 0.5):
+                words += "<b>It predicted badly here:</b> its order is no better than a guess. "
     if misled(study):
         words += "The plant's first choice was no better than the defaults, so its other choices were passed over. "
     return f"<p class=note>{words.strip()}</p>" if words else ""
