@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -157,6 +158,24 @@ def count(model: Net) -> None:
     vars(model)["steps"] = vars(model).get("steps", 0) + 1
 
 
+def append(model: Net) -> None:
+    vars(model).setdefault("means", []).append(1.0)
+
+
+def keep_nested(model: Net) -> None:
+    kept = vars(model).setdefault("kept", {"of": {"steps": 0}, "itself": []})
+    kept["itself"] = kept
+    kept["of"]["steps"] += 1
+
+
+def keep_tensor(model: Net) -> None:
+    vars(model).setdefault("outputs", deque(maxlen=1)).append(torch.ones(2))
+
+
+def keep_the_same(model: Net) -> None:
+    vars(model).setdefault("positions", {8: torch.ones(2)})
+
+
 def average(model: Net) -> None:
     model.register_buffer("mean", getattr(model, "mean", torch.zeros(())) + 1.0)
 
@@ -174,6 +193,10 @@ def average_in_place(model: Net) -> None:
         (lambda _: np.random.rand(), "it draws random numbers on the host"),  # noqa: NPY002
         (lambda _: torch.rand(()), "it draws random numbers on the host"),
         (count, "it changes an attribute"),
+        (append, "it changes an attribute"),
+        (keep_nested, "it changes an attribute"),
+        (keep_tensor, "it changes an attribute"),
+        (keep_the_same, ""),
         (average, "it puts another tensor in the place of one that it keeps"),
         (average_in_place, ""),
     ],

@@ -12,11 +12,12 @@ import logging
 import math
 import pickle
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +47,11 @@ _LEAST_GAIN = 0.05
 _CHANGING = "which parameters it uses changes from step to step"
 _abandoned: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture failed: the allocator of pinned memory goes on asking them whether it is theirs."""
+_PLAIN = (bool, int, float, str)
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_OF_TORCH = frozenset(vars(nn.Module()))
+_DEEPEST, _LONGEST = 4, 10_000
+"""Levels and entries of a container that are looked at for what a step has changed there."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -483,15 +489,30 @@ def _modules(step: TrainStep) -> list[nn.Module]:
 
 
 def _attributes(modules: list[nn.Module]) -> list[tuple[str, Any]]:
-    """The plain attributes of modules, such as a rate of dropout."""
-    return [item for each in modules for item in vars(each).items() if isinstance(item[1], (bool, int, float, str))]
+    """The plain attributes of modules, such as a rate of dropout, and what is in their lists, sets and dicts."""
+    return [
+        (name, _contents(value))
+        for each in modules
+        for name, value in vars(each).items()
+        if isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and name not in _OF_TORCH)
+    ]
+
+
+def _contents(value: Any, depth: int = 0) -> Any:
+    """What can be compared with the same later; of anything but plain values and short containers only its id."""
+    if isinstance(value, _PLAIN):
+        return value
+    if not isinstance(value, _CONTAINERS) or depth == _DEEPEST or len(value) > _LONGEST:
+        return id(value), len(value) if isinstance(value, _CONTAINERS) else 0
+    parts = chain.from_iterable(value.items()) if isinstance(value, dict) else value
+    return type(value), [_contents(part, depth + 1) for part in parts]
 
 
 class _Beside:
     """What a step's Python may read or change besides launching kernels; a graph has it as it was, and changes nothing.
 
     Attributes:
-        attributes: plain ones of the modules of model and loss.
+        attributes: plain ones of the modules of model and loss, and their containers.
         tensors: those that modules keep, other than parameters.
         chance: the state of the host's random numbers.
     """
