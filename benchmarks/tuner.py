@@ -11,6 +11,7 @@ All take `--backend local` as the last words to do without Ray, and `--out FOLDE
 from __future__ import annotations
 
 import csv
+import inspect
 import os
 import random
 import signal
@@ -235,6 +236,11 @@ def main(words: list[str]) -> int:
         out, words = Path(words[place + 1]), words[:place] + words[place + 2 :]
         out.mkdir(parents=True, exist_ok=True)
     arguments = [int(word) if word.isdigit() else word for word in words[1:]]
+    try:
+        inspect.signature(commands[words[0]]).bind(out, backend, *arguments)
+    except TypeError as error:
+        say(f"{words[0]}: {error}")
+        return 2
     with tempfile.TemporaryDirectory(prefix="acmds-bench-") as temporary:
         commands[words[0]](out or Path(temporary), backend, *arguments)  # type: ignore[operator]
     return 0
