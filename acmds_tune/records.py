@@ -156,7 +156,7 @@ def confirmations(study: StudyRecord) -> dict[str, Confirmation]:
             deviations = tuple(statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns)
         result[label] = Confirmation(tuple(trials), means, deviations)
     for trial in study.trials:
-        if trial.label == DEFAULT and trial.stage == "search" and f"trial {trial.number}" in result:
+        if trial.label == DEFAULT and trial.stage in CANDIDATES and f"trial {trial.number}" in result:
             result.setdefault(DEFAULT, result[f"trial {trial.number}"])
     return result
 

@@ -135,7 +135,7 @@ def _train(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defaul
     first = _first(screened)
     chosen = [first, *(row for row in order if row is not first)][: space.trials]
     for row in chosen:
-        label = f"trial {row.number}"
+        label = DEFAULT if row.label == DEFAULT else f"trial {row.number}"
         if not _started(rows, "train", label) and not _tried_enough(study, "train", label, row.seed):
             return Extra("train", label, searched(space, row), seed=row.seed)
     return Wait() if _running(rows, "train") and (space.baselines or space.confirm.top) else None

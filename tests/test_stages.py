@@ -117,7 +117,7 @@ def test_the_best_of_short_trials_are_trained_in_full_with_their_own_seeds_and_t
     assert [each.stage for each in trained] == ["train"] * 3
     best_first = sorted(screened, key=lambda each: abs(each.values["lr"] - 0.01))
     others = [each for each in best_first if each.number][:2]
-    assert [each.label for each in trained] == ["trial 0", *(f"trial {each.number}" for each in others)]
+    assert [each.label for each in trained] == ["default", *(f"trial {each.number}" for each in others)]
     assert [each.values for each in trained[1:]] == [each.values for each in others]
     assert [each.seed for each in trained[1:]] == [each.seed for each in others]
 
@@ -135,7 +135,8 @@ def test_the_defaults_are_trained_in_full_also_where_their_first_short_trial_was
     rows = study.record()
     (default,) = [row for row in rows.of_stages(("screen",)) if row.label == "default" and not row.interrupted]
     assert default.number == 3
-    assert rows.of_stages(("train",))[0].label == "trial 3"
+    first = rows.of_stages(("train",))[0]
+    assert (first.label, first.seed, first.config["lr"]) == ("default", default.seed, default.config["lr"])
     assert [row.seed for row in rows.of_stages(("anchor",))] == [default.seed]
 
 
@@ -218,16 +219,18 @@ def test_the_best_trials_and_the_baselines_are_run_again_on_the_same_seeds(run: 
     assert len(set(next(iter(seeds.values())))) == 3
 
 
-def test_the_defaults_are_confirmed_once_where_they_are_among_the_best(run: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("screen", ["", "screen: {trials: 6}\n"])
+def test_the_defaults_are_confirmed_once_where_they_are_among_the_best(run: Callable[..., Any], screen: str) -> None:
     def end(proposal: Proposal) -> Ended:
-        return Ended("ok", "finished", figures(0.01 if proposal.number == 0 else 0.001), 1.0)
+        return Ended("ok", "finished", figures(0.01 if proposal.label == "default" else 0.001), 1.0)
 
-    study, started = run(TEXT + "baselines: [default]\nconfirm: {top: 2, seeds: 2}\n", end)
+    study, started = run(TEXT + f"{screen}baselines: [default]\nconfirm: {{top: 2, seeds: 2}}\n", end)
     again = [each.label for each in started if each.stage == "confirm"]
-    assert again == ["trial 0", again[1]] * 2
+    first = "trial 6" if screen else "trial 0"
+    assert again == [first, again[1]] * 2
     assert again[1] != "default"
     found = confirmations(study.record())
-    assert found["default"] == found["trial 0"]
+    assert found["default"] == found[first]
     assert against_baselines(study.record()) == {"default": 1.0}
 
 
