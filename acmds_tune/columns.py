@@ -34,7 +34,7 @@ STAGES: dict[str, str] = {
     "plant": "short runs from which a model of the machine was fitted",
     "screen": "proposed by the sampler, with a share of the budget",
     "search": "proposed by the sampler",
-    "train": "one of the best of the screened trials, with the whole budget",
+    "train": "one of the best of the screened trials, or the defaults, with the whole budget",
     "baseline": "what the search is compared with: a fixed batch, or halving after an error",
     "anchor": "the default settings again, to see whether the machine drifts",
     "confirm": "one of the best trials, or a baseline, with another seed",
