@@ -104,8 +104,10 @@ def _importances(whole: optuna.Study, study: StudyRecord) -> dict[str, dict[str,
         for position, objective in enumerate(study.objectives):
             single = optuna.create_study()
             for row, trial in enumerate(trials):
-                params = {name: values[row] for name, (values, _) in columns.items()}
                 value = trial.values[position]
+                if not math.isfinite(value):  # of a study from elsewhere; ours do not have it
+                    continue
+                params = {name: values[row] for name, (values, _) in columns.items()}
                 single.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
             try:
                 # not PED-ANOVA, Optuna's default: what the sampler settled on early counts for nothing there

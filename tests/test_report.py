@@ -467,6 +467,7 @@ def test_importances_where_a_setting_does_not_always_apply_and_where_no_trial_di
     for number in range(12):
         where = {"lr": 10.0 ** -(1 + number % 5)} if number % 2 else {}
         study.add(100.0 + 50.0 * (number % 2), searched={"gradient_checkpointing": bool(number % 2), **where})
+    study.add(float("inf"))  # of a study from elsewhere
     shares = report.importances(study.folder)
     assert shares["samples_per_second"]["gradient_checkpointing"] > shares["samples_per_second"]["lr"]
     assert set(shares["val_loss"].values()) == {0.0}
