@@ -1,6 +1,6 @@
 """All measurements that need a GPU, within a number of seconds.
 
-    python -m benchmarks.gpu_session OUT 4565 --data cifar10            # everything, and half of the study; 76 minutes
+    python -m benchmarks.gpu_session OUT 5780 --data cifar10            # everything; 96 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
 
@@ -69,7 +69,7 @@ PARTS = {
         Part("resolution", 300, "benchmarks.resolution --data {data} --out {out}/resolution.csv "
              "--plans 0.5:3:17 0.5:3:18 --record {out}/resolution_steps --deadline {deadline}", goes_on=True),
         Part("dry_run", 180, "benchmarks.dry_run --out {out}/dry_run.csv --deadline {deadline}"),
-        Part("study", 585, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
+        Part("study", 1800, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
              table="study.csv", goes_on=True),
         Part("ranks", 240, "benchmarks.ranks --rounds 2 --seconds 5", table="ranks.csv", gpus=2),
         Part("pair", 240, "benchmarks.tuner pair 10 cuda --out {out}/pair", table="pair.csv", gpus=2),
