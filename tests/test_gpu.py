@@ -109,7 +109,22 @@ class _Refuses(nn.Module):
         return inputs
 
 
-@pytest.mark.parametrize(("layer", "reason"), [(_Asks, "CUDA error"), (_Refuses, "not while a graph")])
+class _Keeps(nn.Module):
+    """Counts in a list, as no replay would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.steps.append(len(inputs))
+        return inputs
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [(_Asks, "CUDA error"), (_Refuses, "not while a graph"), (_Keeps, "it changes an attribute")],
+)
 def test_a_model_that_cannot_be_captured_trains_without_and_leaves_nothing_behind(layer, reason):
     torch.zeros(1, device="cuda")
     reserved = torch.cuda.memory_reserved()
