@@ -52,7 +52,9 @@ _STEP = (
     ),
     Column("oom_events", "int", "", "Out-of-memory errors caught in this step."),
     Column("alloc_retries", "int", "", "Times the allocator released its cache to serve a request, in this step."),
-    Column("seconds", "float", "s", "Wall time of the host from the end of the step before, or the start of the epoch."),
+    Column(
+        "seconds", "float", "s", "Wall time of the host from the end of the step before, or the start of the epoch."
+    ),
     Column("loss", "float", "nats", "Mean unweighted training loss of its samples."),
     Column("lr", "float", "", "Learning rate of the first parameter group."),
     Column(
