@@ -151,6 +151,11 @@ class CurriculumConfig:
     def _bounds_agree(self) -> CurriculumConfig:
         if self.min_batch_size > self.max_batch_size:
             raise ValueError(f"min_batch_size {self.min_batch_size} is above max_batch_size {self.max_batch_size}")
+        limit = self.memory_limit_gb
+        if limit is not None and self.target_headroom_gb >= limit:
+            raise ValueError(
+                f"target_headroom_gb {self.target_headroom_gb:g} leaves nothing of memory_limit_gb {limit:g}"
+            )
         return self
 
     @property

@@ -168,6 +168,8 @@ def _complain_all(error: ValidationError, path: tuple[str | int, ...], valid: li
             source.complain(where, f"unknown key{nearest(str(loc[-1]), valid)}")
         elif item["type"] == "missing":
             source.complain(where, "is missing")
+        elif item["type"] in ("dict_type", "model_type"):
+            source.complain(where, f"{item['input']!r}: must be a mapping, {{name: value}}")
         else:
             source.complain(where, f"{item['input']!r}: {item['msg'][:1].lower()}{item['msg'][1:]}")
 

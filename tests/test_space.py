@@ -229,6 +229,7 @@ def test_the_same_key_in_two_spellings_is_refused(problems: Any) -> None:
         ("optimizer: {values: []}", "needs values: a list of choices"),
         ("seed: {low: 0, high: 9}", "cannot be set here: every trial has its own seed"),
         ("device: {values: [cpu, cuda]}", "trials of one search run on one device"),
+        ("lr: {low: 0.1, high: 0.2, when: optimizer == sgd}", "'optimizer == sgd': must be a mapping, {name: value}"),
         ("lr: {low: 0.1, high: 0.2, hihg: 3}", "unknown key (did you mean 'high'?)"),
     ],
 )
@@ -247,6 +248,8 @@ def test_a_setting_may_not_be_fixed_and_searched(problems: Any) -> None:
 def test_settings_that_never_go_together_are_refused(problems: Any) -> None:
     found = problems("search:\n  min_batch_size: {low: 32, high: 64}\n  max_batch_size: {low: 8, high: 16}\n")
     assert found == ["line 1: search: no trial could be trained: min_batch_size 32 is above max_batch_size 16"]
+    found = problems("fixed: {memory_limit_gb: 2}\n" + SEARCH)
+    assert found[0].endswith("no trial could be trained: target_headroom_gb 3 leaves nothing of memory_limit_gb 2")
 
 
 def test_settings_that_go_together_somewhere_are_accepted(read: Any) -> None:

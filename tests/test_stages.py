@@ -572,7 +572,7 @@ def test_a_neighbour_on_the_plant_makes_the_batch_smaller_and_the_cpu_card_run_o
 
 
 def test_a_step_that_never_fits_has_no_prediction() -> None:
-    assert simulate(PLANT, CONTROL | {"memory_limit_gb": 0.5, "device": "cpu"}) is None
+    assert simulate(PLANT, CONTROL | {"memory_limit_gb": 0.5, "target_headroom_gb": 0.1, "device": "cpu"}) is None
 
 
 def test_a_study_tries_the_plants_best_after_the_defaults_and_predicts_every_trial(

@@ -387,8 +387,10 @@ def test_more_free_memory_never_gives_a_smaller_adaptive_batch():
 
 
 def test_a_headroom_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match="target_headroom_gb 3 leaves nothing of memory_limit_gb 2"):
+        CurriculumConfig(memory_limit_gb=2)
     with pytest.raises(ConfigError, match="target_headroom_gb 3 leaves nothing of 2 GB"):
-        MemoryPressureController("cpu", CurriculumConfig(memory_limit_gb=2))
+        MemoryPressureController(config=CurriculumConfig(), memory=BudgetedCpuMemory(2 * GIB))
 
 
 def test_checkpointed_activations_give_the_same_gradients_and_statistics():
@@ -629,7 +631,9 @@ def test_patience_without_validation_is_warned_of(val_fraction, warned, caplog):
 
 def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
     with pytest.raises(ConfigError):
-        run_training(TrainConfig(**DIGITS | {"target_headroom_gb": 1.0}), output_dir=tmp_path / "run")
+        run_training(
+            TrainConfig(**DIGITS | {"target_headroom_gb": 1e6, "memory_limit_gb": None}), output_dir=tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -68,14 +68,11 @@ class MemoryPressureController:
         self.vram_total = self.memory.total_bytes or int(_REFERENCE_CARD_GB * GIB)
         """Bytes of the card, or of the limit set below it; 24 GiB where detection fails."""
         if self.config.target_headroom_gb * GIB >= self.vram_total:
-            raise ConfigError(
-                "memory",
-                [
-                    f"target_headroom_gb {self.config.target_headroom_gb:g} leaves nothing of "
-                    f"{self.vram_total / GIB:.3g} GB; set a smaller --target-headroom-gb"
-                    + (" or a larger --memory-limit-gb" if self.config.memory_limit_gb else "")
-                ],
+            headroom, total = self.config.target_headroom_gb, self.vram_total / GIB
+            problem = (
+                f"target_headroom_gb {headroom:g} leaves nothing of {total:.3g} GB; set a smaller --target-headroom-gb"
             )
+            raise ConfigError("memory", [problem])
         self.limits = law.Limits.from_config(self.config)
         self.state = law.State()
         self.step = 0
