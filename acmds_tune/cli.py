@@ -274,10 +274,11 @@ def _run(
 def _conclude(result: SearchResult, directory: Path) -> int:
     """Say what came out. The path of best.json goes to stdout."""
     if result.ending:
-        print(
-            f"acmds-tune: {result.ending}; {result.missing} trials are left. Go on with: acmds-tune resume {directory}",
-            file=sys.stderr,
-        )
+        left = "1 trial is" if result.missing == 1 else f"{result.missing} trials are"
+        print(f"acmds-tune: {result.ending}; {left} left. Go on with: acmds-tune resume {directory}", file=sys.stderr)
+        if result.best is None and not result.interrupted:
+            hint = "if it is the search-space file that has to change, search with it under another --name"
+            print(f"  {hint}", file=sys.stderr)
     if result.best is not None:
         figures = {name: value for name, value in result.best.figures.items() if value is not None}
         shown = ("samples_per_second", "val_loss", "val_accuracy", "headroom_min_gb", "batch_size_mean")

@@ -23,6 +23,7 @@ from rich.console import Console
 from acmds_optimizer.errors import ConfigError
 from acmds_tune import nvml
 from acmds_tune.child import STOP_GRACE_S
+from acmds_tune.cli import _conclude
 from acmds_tune.driver import ALIKE, INTERRUPTED, OUT_OF_TIME, Driver
 from acmds_tune.local_backend import devices
 from acmds_tune.objective import Ended
@@ -176,12 +177,16 @@ def test_sigterm_while_ray_starts_is_like_ctrl_c() -> None:
 
 
 def test_a_search_whose_trials_all_fail_alike_is_ended_early_and_says_why(
-    search: Callable[..., SearchResult],
+    search: Callable[..., SearchResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = search("raises", TEXT.replace("trials: 6", "trials: 30"), backend="local")
     assert list(table(result).status) == ["error"] * ALIKE
     assert result.ending == f"the first {ALIKE} trials all ended alike (error: ValueError: the data are broken)"
     assert (result.best, result.missing) == (None, 25)
+    assert _conclude(result, result.directory) == 1
+    said = capsys.readouterr().err
+    assert f"25 trials are left. Go on with: acmds-tune resume {result.directory}" in said
+    assert "under another --name" in said
 
 
 def test_one_trial_that_ends_well_or_otherwise_shows_that_not_all_fail_alike(
