@@ -135,7 +135,7 @@ class CurriculumConfig:
     """Recompute activations in backward: about a third more time for much less memory."""
 
     enable_cuda_graphs: bool | Literal["auto"] = "auto"
-    """Replay steps as one CUDA graph for each micro-batch size; auto: where that is measured to be 5 % faster."""
+    """Replay steps as one CUDA graph for each micro-batch size; auto: where that is measured to be 2 % faster."""
 
     compile_model: bool = False
     """Compile the model with torch.compile on CUDA, once for each micro-batch size: faster steps after half a minute or

@@ -17,8 +17,7 @@ from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.graphs import _can_be_captured
 from acmds_optimizer.engine.loss import TrainingLoss
-from acmds_optimizer.engine.rehearsal import rehearse
-from acmds_optimizer.engine.step import StepClock, TrainStep
+from acmds_optimizer.engine.step import StepClock, Timing, TrainStep
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
 
@@ -391,25 +390,84 @@ def test_a_graph_that_does_not_pay_goes_with_that_of_the_part_that_is_one_sample
     graphs._graphs = {683: cast(Any, None), 682: cast(Any, None), 64: cast(Any, None)}
     for replayed, seconds in ((False, 0.1), (True, 0.099)):
         for _ in range(5):
-            graphs.timed(683, seconds, replayed=replayed)
+            graphs.timed(Timing(683, seconds, replayed=replayed))
     assert list(graphs._graphs) == [64]
 
 
-def test_the_time_of_a_launch_is_taken_once_kernels_are_loaded_also_where_the_first_size_does_not_fit():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 400), nn.Linear(400, 3))
-    config = CurriculumConfig(min_batch_size=512, max_batch_size=512, memory_limit_gb=0.0012, target_headroom_gb=1e-4)
-    controller = MemoryPressureController("cpu", config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = TrainStep(model, Guard(model, optimizer, controller), TrainingLoss(), cuda_graphs=True)
-    assert step.graphs is not None
-    step.graphs._is_due = lambda size: False  # type: ignore[method-assign]  # there is nothing to capture with
-    launches: list[float] = []
-    step.graphs.note_launch = launches.append  # type: ignore[method-assign, assignment]
-    failed: list[Any] = []
-    rehearse(step, StepClock(controller.device), batch_of(512, 0), 1.0, failed.append)
-    assert len(failed) == 1, "512 do not fit"
-    assert len(launches) >= 3
+@pytest.mark.parametrize(
+    ("waits", "due"),
+    [
+        ([True, True], False),  # too few to tell
+        ([True, True, False], True),
+        ([True, False, False, True], False),
+        ([True] * 16 + [False] * 9, False),  # the newest sixteen count, so a host that becomes slow is noticed
+        ([False] * 300 + [True] * 9, True),
+    ],
+)
+def test_a_size_is_captured_where_the_gpu_waited_for_the_host_in_most_of_its_newest_steps(waits, due):
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    del graphs._is_due
+    graphs._only_if_faster, graphs._used = True, (True,)
+    graphs._uses[64] = 100
+    for waited in waits:
+        graphs.timed(Timing(64, 0.1, waited=waited))
+    assert graphs._is_due(64) is due
+
+
+@pytest.mark.parametrize(("replay_s", "kept"), [(0.0985, False), (0.098, True)])
+def test_a_graph_is_kept_from_a_gain_of_two_percent_on_over_the_newest_eager_steps(replay_s, kept):
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    graphs._only_if_faster = True
+    graphs._graphs = {64: cast(Any, None)}
+    for seconds in [0.2] * 20 + [0.1] * 9:  # the first use of its kernels was slow
+        graphs.timed(Timing(64, seconds))
+    for _ in range(5):
+        graphs.timed(Timing(64, replay_s, replayed=True))
+    assert bool(graphs._graphs) == kept
+    assert (64 in graphs._not_faster) != kept
+
+
+class _Event:
+    """A CUDA event that has passed once the GPU has come to it."""
+
+    came_to = 0
+    made = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        _Event.made += 1
+        self.number = _Event.made
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.number <= _Event.came_to
+
+    def elapsed_time(self, end: Any) -> float:
+        return 50.0 * (end.number - self.number)
+
+
+def test_a_step_has_kept_the_gpu_busy_where_it_had_not_ended_when_the_host_came_to_the_next_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    _Event.made = _Event.came_to = 0
+    clock = StepClock(torch.device("cuda"))
+    for _ in range(2):  # the first of a size is not counted, so the second ends with the third event
+        clock.start()
+        clock.stop(64, 2, steady=True)
+    assert clock.timings() == []
+    clock.start()
+    clock.stop(64, 2, steady=True)
+    _Event.came_to = _Event.made
+    clock.start()
+    assert clock.timings() == [Timing(64, 0.025, waited=False), Timing(64, 0.025, waited=True)]
+    clock.stop(64, 2, steady=True)
+    _Event.came_to = _Event.made
+    assert clock.timings() == [Timing(64, 0.025, waited=True)], "before the host came to the next step"
 
 
 @pytest.mark.parametrize("budget_mb", [3300, 3700, 4100])

@@ -9,10 +9,9 @@ out of memory half-way.
 from __future__ import annotations
 
 import logging
-import math
 import pickle
 import random
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,18 +31,17 @@ from acmds_optimizer.memory.guard import is_out_of_memory, steps_alone
 from acmds_optimizer.memory.law import Decision
 
 if TYPE_CHECKING:
-    from acmds_optimizer.engine.step import TrainStep
+    from acmds_optimizer.engine.step import Timing, TrainStep
 
 logger = logging.getLogger(__name__)
 
 _EAGER_FIRST = 4
 """Uses of a size before it is captured: they warm the kernels up, and an odd last batch never gets there."""
 _TIMINGS = 5
-_LEAST_EAGER_TIMINGS = 3
-_BUSY = 2.5
-"""Steps that take so many times what launching them takes are not worth a capture; launches slow down under load."""
-_LEAST_GAIN = 0.05
-"""What a graph must gain at a size to be kept there, where nobody asked for graphs."""
+_LEAST_EAGER_TIMINGS, _MOST_EAGER_TIMINGS = 3, 16
+"""Of the newest eager steps of a size: they say whether a capture is worth a try, and what its graph has to beat."""
+_LEAST_GAIN = 0.02
+"""What a graph must gain at a size to be kept there, where nobody asked for graphs; five timings tell so much."""
 _CHANGING = "which parameters it uses changes from step to step"
 _abandoned: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture failed: the allocator of pinned memory goes on asking them whether it is theirs."""
@@ -82,7 +80,8 @@ class GraphedMicroBatches:
 
     Args:
         step: the eager step; its model, scaler and autocast settings are captured.
-        only_if_faster: whether a size is timed eagerly first, and its graph kept only if it gains 5 %.
+        only_if_faster: whether a size is captured only where the GPU was seen to wait for launches, and its graph kept
+            only if it gains 2 %.
     """
 
     def __init__(self, step: TrainStep, *, only_if_faster: bool = False) -> None:
@@ -102,9 +101,9 @@ class GraphedMicroBatches:
         self._odd = False
         self._alone = True
         """Whether nothing eager has left blocks beside the pool, so that all that is reserved is what replays need."""
-        self._seconds: dict[tuple[int, bool], list[float]] = {}
+        self._eager: defaultdict[int, deque[Timing]] = defaultdict(lambda: deque(maxlen=_MOST_EAGER_TIMINGS))
+        self._replays: defaultdict[int, list[float]] = defaultdict(list)
         self._not_faster: set[int] = set()
-        self._launch_seconds = math.inf
         self._attributes: list[tuple[str, Any]] | None = None
         """Those of the model when the epoch began."""
         self.pool_bytes = 0
@@ -212,29 +211,28 @@ class GraphedMicroBatches:
         self._zero = True
         return True
 
-    def note_launch(self, seconds: float) -> None:
-        """Learn how long the host took to launch a micro-batch, whatever its size; the shortest time counts."""
-        self._launch_seconds = min(self._launch_seconds, seconds)
-
-    def timed(self, size: int, seconds: float, *, replayed: bool) -> None:
-        """Learn what a micro-batch of `size` took; a graph that does not gain enough is dropped."""
+    def timed(self, timing: Timing) -> None:
+        """Learn what a micro-batch took; a graph that does not gain enough is dropped."""
         if not self._only_if_faster:
             return
-        timings = self._seconds.setdefault((size, replayed), [])
-        timings.append(seconds)
-        if not replayed or len(timings) != _TIMINGS or size not in self._graphs:
+        size = timing.micro_batch
+        if not timing.replayed:
+            self._eager[size].append(timing)
             return
-        eager = self._seconds.get((size, False))
-        if not eager:
+        replays, eager = self._replays[size], self._eager[size]
+        if len(replays) == _TIMINGS or size not in self._graphs or not eager:
             return
-        gain = median(eager) / median(timings) - 1.0
+        replays.append(timing.seconds)
+        if len(replays) < _TIMINGS:
+            return
+        gain = median(each.seconds for each in eager) / median(replays) - 1.0
         if gain >= _LEAST_GAIN:
             logger.info("CUDA graphs: on for micro-batches of %d, %.2f times as fast", size, 1.0 + gain)
             return
         logger.info("CUDA graphs: off for micro-batches of %d, %+.1f %% is too little", size, 100 * gain)
         self._not_faster.add(size)
         del self._graphs[size]
-        if (size - 1, False) not in self._seconds:  # captured for the sake of this size, without a look at its own time
+        if not self._eager[size - 1]:  # captured for the sake of this size, without a look at its own time
             self._graphs.pop(size - 1, None)
         if not self._graphs:
             self.release()
@@ -327,7 +325,8 @@ class GraphedMicroBatches:
     def forget(self) -> None:
         """Drop all graphs, and what was timed: inputs have another shape, or cost another time, from now on."""
         self.release()
-        self._seconds.clear()
+        self._eager.clear()
+        self._replays.clear()
         self._not_faster.clear()
 
     def _may_capture(self, size: int) -> bool:
@@ -339,12 +338,9 @@ class GraphedMicroBatches:
             return False
         if not self._only_if_faster or size + 1 in self._graphs:  # the parts of a batch differ by one sample at most
             return True
-        eager = self._seconds.get((size, False), [])
-        if len(eager) < _LEAST_EAGER_TIMINGS:
-            return False
-        if median(eager) > _BUSY * self._launch_seconds:  # the GPU is never waiting
-            self._not_faster.add(size)
-        return size not in self._not_faster
+        eager = self._eager[size]
+        waited = sum(timing.waited for timing in eager)
+        return len(eager) >= _LEAST_EAGER_TIMINGS and 2 * waited > len(eager)
 
     def _capture(self, part: Batch, total: int) -> _Captured | None:
         if reason := _skipped(self._step.model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -48,15 +47,13 @@ def rehearse(
             break
         # two sizes tell enough for a last leap
         leap = controller.state.peaks.sizes >= 2 and size <= _LAST_LEAP * last
-        # the first that fits is timed too, and how long its launch takes once its kernels are loaded; the first real
-        # steps will tell the time of the others
+        # the first that fits is timed too; the first real steps will tell the time of the others
         repeats = 1 if fitted else 1 + controller.state.times.needed
         last = size
         for repeat in range(repeats + 1):
             # the first use of a size may search for kernels, which takes memory: one that seems too large goes again
             if repeat == repeats and controller.keeps_headroom(size, sample_work):
                 break
-            began = time.perf_counter()
             clock.start()
             event = guard.rehearse(
                 lambda micro: train_step.rehearse(batch, micro), size, failed, sample_work=sample_work
@@ -67,13 +64,11 @@ def rehearse(
                 break
             fitted = True
             clock.stop(size, 1, steady=repeat > 0)
-            if train_step.graphs is not None:
-                train_step.graphs.note_launch(time.perf_counter() - began)
             controller.observe(size, sample_work=sample_work)
         if controller.device.type == "cuda":
             torch.cuda.synchronize(controller.device)
-        for timed, seconds, _ in clock.timings():
-            controller.time(timed, seconds)
+        for timing in clock.timings():
+            controller.time(timing.micro_batch, timing.seconds)
         if leap:
             break
     guard.optimizer.zero_grad(set_to_none=True)

@@ -498,10 +498,10 @@ class ACMDSTrainer:
             reading = self.controller.observe(sizes[0], sample_work=work, **untold)
         if graphs is not None:
             graphs.end_step(reading.allocated_bytes)
-        for size, seconds, replayed in self._clock.timings():
-            self.controller.time(size, seconds)
+        for timing in self._clock.timings():
+            self.controller.time(timing.micro_batch, timing.seconds)
             if graphs is not None:
-                graphs.timed(size, seconds, replayed=replayed)
+                graphs.timed(timing)
         if abs(reading.budget_bytes - before.budget_bytes) > _NEIGHBOUR_SHARE * self.controller.vram_total:
             change = (reading.budget_bytes - before.budget_bytes) / GIB
             self._event("neighbour_change", f"the budget changed by {change:+.3g} GB")
