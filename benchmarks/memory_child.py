@@ -14,7 +14,7 @@ import torch
 from acmds_optimizer.engine.run import environment
 from acmds_optimizer.errors import first_line
 from acmds_optimizer.memory.device import prefer_expandable_segments
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 from benchmarks import memory_systems as systems
 from benchmarks.memory_ours import Variant, system
 from benchmarks.memory_plant import Meter, Neighbour, Plant

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acmds_optimizer.config import GIB, CurriculumConfig
 from acmds_optimizer.engine.prepare import set_up_cuda
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading, open_memory
-from acmds_optimizer.memory.guard import create_optimizer_state
+from acmds_optimizer.memory.undo import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
 from benchmarks.memory_scenarios import Scenario, Setting
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 from benchmarks.memory_plant import Meter, Plant
 from benchmarks.memory_scenarios import Probe, best_batch, grid, largest_batch
 

@@ -43,7 +43,7 @@ from acmds_optimizer.engine.images import InputSpec
 from acmds_optimizer.engine.prepare import set_up_cuda
 from acmds_optimizer.engine.resident import ResidentSource
 from acmds_optimizer.engine.run import environment, run_training
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 from acmds_optimizer.zoo.models import build_model
 from benchmarks.memory_ours import Named
 

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, TrainConfig
 from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.memory.device import CudaMemory, open_memory
-from acmds_optimizer.memory.guard import create_optimizer_state
+from acmds_optimizer.memory.undo import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
 
 pytestmark = pytest.mark.gpu

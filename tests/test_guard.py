@@ -16,7 +16,9 @@ from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.errors import OutOfMemoryForGoodError
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import BudgetedCpuMemory
-from acmds_optimizer.memory.guard import Guard, create_optimizer_state, is_out_of_memory, shortage_bytes
+from acmds_optimizer.memory.guard import Guard
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory, shortage_bytes
+from acmds_optimizer.memory.undo import create_optimizer_state
 from acmds_optimizer.zoo.models import build_model
 
 
@@ -270,7 +272,7 @@ def test_a_fused_step_allocates_nothing(optimizer):
 
     rig.memory.on_operation = remember
     rig.memory.neighbour_bytes = rig.memory.total_bytes  # not one more byte is to be had
-    assert rig.guard._atomic_step_counts() is not None
+    assert rig.guard._undo._atomic_step_counts() is not None
     with rig.memory.watch():
         rig.optimizer.step()
     assert sum("_fused_" in name for name in operations) == len(rig.optimizer.param_groups)
@@ -393,14 +395,14 @@ def test_copies_are_made_on_the_device_again_once_a_step_of_several_samples_fits
     model = nn.Linear(4, 3)
     controller = MemoryPressureController("cpu", CurriculumConfig(target_headroom_gb=0.1, memory_limit_gb=1))
     guard = Guard(model, torch.optim.SGD(model.parameters(), lr=0.1), controller)
-    guard._copy_on_host = True
+    guard._undo.copy_on_host = True
 
     def attempt(_: int) -> None:
         model(torch.ones(2, 4)).sum().backward()
         guard.optimizer_step()
 
     guard.run(attempt, micro_batch)
-    assert guard._copy_on_host is still
+    assert guard._undo.copy_on_host is still
 
 
 def test_what_the_user_names_besides_is_put_back_though_a_step_writes_into_its_tensors():
@@ -704,7 +706,7 @@ def test_where_not_even_the_copies_before_a_step_fit_it_is_said(monkeypatch):
     def refuse() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
-    monkeypatch.setattr(rig.guard, "_remember", refuse)
+    monkeypatch.setattr(rig.guard._undo, "remember", refuse)
     with pytest.raises(
         OutOfMemoryForGoodError, match=r"copies of the BatchNorm statistics.*--memory-limit-gb.*2\.00 MiB"
     ):

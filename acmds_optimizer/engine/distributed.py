@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from acmds_optimizer.engine.shares import Standing
 from acmds_optimizer.errors import ConfigError, RankFailedError
 from acmds_optimizer.memory.device import no_cuda_reason
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 
 Value = TypeVar("Value")
 

@@ -16,7 +16,7 @@ from acmds_optimizer.engine.loss import make_loss
 from acmds_optimizer.engine.prepare import amp_dtype, build_optimizer, checkpoint_activations
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.device import open_memory
-from acmds_optimizer.memory.guard import create_optimizer_state
+from acmds_optimizer.memory.undo import create_optimizer_state
 from acmds_optimizer.zoo.datasets import DataBundle
 
 CARD_GB = 23.2

@@ -15,7 +15,7 @@ from acmds_optimizer.engine.distributed import Ranks, naming_failures
 from acmds_optimizer.engine.prepare import evaluating
 from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from torchmetrics import Metric

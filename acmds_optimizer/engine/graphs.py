@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.errors import first_line
-from acmds_optimizer.memory.guard import is_out_of_memory, steps_alone
 from acmds_optimizer.memory.law import Decision
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
+from acmds_optimizer.memory.undo import steps_alone
 
 if TYPE_CHECKING:
     from acmds_optimizer.engine.step import Timing, TrainStep

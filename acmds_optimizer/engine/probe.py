@@ -24,7 +24,7 @@ from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.prepare import amp_dtype
 from acmds_optimizer.errors import first_line
 from acmds_optimizer.files import write_json
-from acmds_optimizer.memory.guard import is_out_of_memory
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

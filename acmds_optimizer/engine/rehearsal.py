@@ -10,7 +10,8 @@ from acmds_optimizer.engine.batches import Batch
 from acmds_optimizer.engine.prepare import evaluating
 from acmds_optimizer.engine.step import StepClock, TrainStep
 from acmds_optimizer.errors import ConfigError
-from acmds_optimizer.memory.guard import OutOfMemoryEvent, is_out_of_memory
+from acmds_optimizer.memory.guard import OutOfMemoryEvent
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 
 _REHEARSALS = 12
 _LAST_LEAP = 4

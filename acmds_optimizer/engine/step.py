@@ -19,7 +19,8 @@ from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.engine.prepare import running_statistics
 from acmds_optimizer.errors import DataError, first_line
-from acmds_optimizer.memory.guard import Guard, is_out_of_memory
+from acmds_optimizer.memory.guard import Guard
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -46,8 +46,9 @@ from acmds_optimizer.engine.telemetry import Progress, Recorder, memory_columns
 from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
 from acmds_optimizer.memory.device import MemoryDevice, MemoryReading
-from acmds_optimizer.memory.guard import Guard, GuardedResult, is_out_of_memory
+from acmds_optimizer.memory.guard import Guard, GuardedResult
 from acmds_optimizer.memory.law import Decision
+from acmds_optimizer.memory.out_of_memory import is_out_of_memory
 from acmds_optimizer.zoo.datasets import DataBundle, describe
 
 logger = logging.getLogger(__name__)
