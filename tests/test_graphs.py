@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
 from acmds_optimizer.engine.batches import Batch
-from acmds_optimizer.engine.graphs import _can_be_captured
 from acmds_optimizer.engine.loss import TrainingLoss
+from acmds_optimizer.engine.replayable import can_be_captured
 from acmds_optimizer.engine.step import StepClock, Timing, TrainStep
 from acmds_optimizer.memory.device import BudgetedCpuMemory, MemoryReading
 
@@ -509,4 +509,4 @@ class _Counting(torch.optim.SGD):
 
 @pytest.mark.parametrize(("kind", "captured"), [(torch.optim.SGD, True), (torch.optim.AdamW, True), (_Counting, False)])
 def test_the_step_of_a_derived_optimizer_is_not_captured(kind, captured):
-    assert _can_be_captured(kind([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)) is captured
+    assert can_be_captured(kind([nn.Parameter(torch.zeros(2))], lr=0.1, fused=True)) is captured

@@ -9,27 +9,20 @@ out of memory half-way.
 from __future__ import annotations
 
 import logging
-import pickle
-import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from acmds_optimizer.config import CurriculumConfig
 from acmds_optimizer.engine.batches import Batch
-from acmds_optimizer.errors import first_line
+from acmds_optimizer.engine.capture import CaptureError, capture, give_up_pool
+from acmds_optimizer.engine.replayable import Beside, can_be_captured, fixed_settings, plain_attributes, skipped
 from acmds_optimizer.memory.law import Decision
-from acmds_optimizer.memory.out_of_memory import is_out_of_memory
-from acmds_optimizer.memory.undo import steps_alone
 
 if TYPE_CHECKING:
     from acmds_optimizer.engine.step import Timing, TrainStep
@@ -44,14 +37,6 @@ _LEAST_EAGER_TIMINGS, _MOST_EAGER_TIMINGS = 3, 16
 _LEAST_GAIN = 0.02
 """What a graph must gain at a size to be kept there, where nobody asked for graphs; five timings tell so much."""
 _CHANGING = "which parameters it uses changes from step to step"
-_abandoned: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose capture failed: the allocator of pinned memory goes on asking them whether it is theirs."""
-_PLAIN = (bool, int, float, str)
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_OF_TORCH = frozenset(vars(nn.Module()))
-_DEEPEST, _LONGEST = 4, 10_000
-"""Levels and entries of a container that are looked at for what a step has changed there."""
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
@@ -97,7 +82,7 @@ class GraphedMicroBatches:
         self._graphs: dict[int, _Captured] = {}
         self._optimizer: _CapturedOptimizer | None = None
         self._optimizer_uses = 0
-        self._optimizer_eager = not _can_be_captured(step.guard.optimizer)
+        self._optimizer_eager = not can_be_captured(step.guard.optimizer)
         self._uses: Counter[int] = Counter()
         self._odd = False
         self._alone = True
@@ -164,6 +149,12 @@ class GraphedMicroBatches:
         return captured.losses.clone()
 
     @property
+    def _modules(self) -> list[nn.Module]:
+        """All modules of model and loss."""
+        parts = (part for part in (self._step.model, self._step.loss.own) if isinstance(part, nn.Module))
+        return [module for part in parts for module in part.modules()]
+
+    @property
     def _gradients(self) -> list[Tensor]:
         return [buffer for buffer in self._buffers if buffer is not None]
 
@@ -200,7 +191,7 @@ class GraphedMicroBatches:
         if not self._graphs and scaler is None:
             return False
         self._fix_gradients()
-        settings = _settings(optimizer)
+        settings = fixed_settings(optimizer)
         if self._optimizer is None or self._optimizer.settings != settings:
             self._optimizer = self._capture_optimizer(settings)
             if self._optimizer is None:
@@ -312,7 +303,7 @@ class GraphedMicroBatches:
 
     def begin_epoch(self) -> None:
         """Capture anew where an attribute of the model has changed, such as a rate of dropout: graphs have the old."""
-        attributes = _attributes(_modules(self._step))
+        attributes = plain_attributes(self._modules)
         if self._graphs and self._attributes not in (None, attributes):
             self.forget()
             self._step.guard.controller.release_cache()
@@ -331,20 +322,21 @@ class GraphedMicroBatches:
         self._not_faster.clear()
 
     def _may_capture(self, size: int) -> bool:
-        """Whether micro-batches of this size will be replayed if they are used often enough."""
-        return not self.off_reason and size not in self._not_faster
+        """Whether micro-batches of this size will be replayed if they are used often enough, by what is known now."""
+        eager = self._eager[size]
+        waited = sum(timing.waited for timing in eager)
+        busy = self._only_if_faster and len(eager) >= _LEAST_EAGER_TIMINGS and 2 * waited <= len(eager)
+        return not self.off_reason and size not in self._not_faster and not busy
 
     def _is_due(self, size: int) -> bool:
         if not self._may_capture(size) or self._used is None or self._uses[size] <= _EAGER_FIRST:
             return False
         if not self._only_if_faster or size + 1 in self._graphs:  # the parts of a batch differ by one sample at most
             return True
-        eager = self._eager[size]
-        waited = sum(timing.waited for timing in eager)
-        return len(eager) >= _LEAST_EAGER_TIMINGS and 2 * waited > len(eager)
+        return len(self._eager[size]) >= _LEAST_EAGER_TIMINGS
 
     def _capture(self, part: Batch, total: int) -> _Captured | None:
-        if reason := _skipped(self._step.model):
+        if reason := skipped(self._step.model):
             self._turn_off(reason)
             return None
         inputs, targets, shares = part.inputs.clone(), part.targets.clone(), part.weights / total
@@ -355,11 +347,11 @@ class GraphedMicroBatches:
         self._alone = True
         before = memory.read()
         memory.reset_peak()
-        beside = _Beside(self._step)
+        beside = Beside(self._modules)
         graph, losses = self._record(lambda: self._step.backward(inputs, targets, shares, soft))
         if graph is None:
             return None
-        if reason := beside.changed(_Beside(self._step)):
+        if reason := beside.changed(Beside(self._modules)):
             self._turn_off(f"{reason}, which a replay would not")
             return None
         assert losses is not None
@@ -403,37 +395,16 @@ class GraphedMicroBatches:
         self, run: Callable[[], Tensor | None], what: str = "model"
     ) -> tuple[torch.cuda.CUDAGraph | None, Tensor | None]:
         """What `run` launches, as a graph, and what it returns; (None, None) where it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
         device, pool = self._parameters[0].device, self._pool
         self.captures += 1
-        ended = False
         try:
-            # by hand: `torch.cuda.graph` empties the cache, which the next steps would have to fill again
-            torch.cuda.synchronize()
-            with torch.cuda.stream(_capture_stream(device)):
-                # the threads that pin batches and that NCCL has call CUDA meanwhile: minding all of it would end here
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    result = run()
-                finally:
-                    graph.capture_end()
-                    ended = True
-        except Exception as error:
-            if not ended:
-                _abandon(graph, pool, device)
-            if is_out_of_memory(error):
-                raise
-            # a capture that was ended by an error cannot be closed without another
-            reason = _named(error if ended else error.__context__ or error)
-        else:
-            return graph, result
+            return capture(run, pool, device)
+        except CaptureError as error:
+            reason, closed = str(error), error.closed
         if what == "model":
             self._turn_off(reason)
-            del graph  # what it holds in the pool goes with it, unless its capture never ended
             self._step.guard.controller.release_cache()
-            if not ended and torch.cuda.memory_snapshot(pool):
-                with suppress(RuntimeError):  # up to 2.13 or so the graph that failed is counted for good (190348)
-                    torch._C._cuda_releasePool(device.index, pool)
+            if not closed and give_up_pool(pool, device):
                 self._step.guard.controller.release_cache()
         else:
             logger.warning("CUDA graphs: this %s cannot be captured (%s)", what, reason)
@@ -450,112 +421,3 @@ def wanted_graphs(config: CurriculumConfig, device: torch.device) -> bool | Lite
     if reason and wanted is True:
         logger.warning("CUDA graphs: %s; training without", reason)
     return False if reason else wanted
-
-
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
-    """Make PyTorch notice that a capture has ended by an error, which up to 2.11 it does not (pytorch 180395).
-
-    Its allocator would no longer give cached memory back in time of need, and its random numbers for the device would
-    raise an error for good: their state learns of the end from a capture that succeeds.
-    """
-    graph.reset()
-    _abandoned.append(graph)
-    with suppress(RuntimeError):  # the allocator knows already
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-    another, nothing = torch.cuda.CUDAGraph(), torch.zeros(1, device=device)
-    with torch.cuda.stream(_capture_stream(device)):
-        another.capture_begin(capture_error_mode="thread_local")
-        nothing.zero_()
-        another.capture_end()
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for each stream that it has worked on."""
-    return torch.cuda.Stream(device)
-
-
-def _modules(step: TrainStep) -> list[nn.Module]:
-    """All modules of model and loss."""
-    parts = (part for part in (step.model, step.loss.own) if isinstance(part, nn.Module))
-    return [module for part in parts for module in part.modules()]
-
-
-def _attributes(modules: list[nn.Module]) -> list[tuple[str, Any]]:
-    """The plain attributes of modules, such as a rate of dropout, and what is in their lists, sets and dicts."""
-    return [
-        (name, _contents(value))
-        for each in modules
-        for name, value in vars(each).items()
-        if isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and name not in _OF_TORCH)
-    ]
-
-
-def _contents(value: Any, depth: int = 0) -> Any:
-    """What can be compared with the same later; of anything but plain values and short containers only its id."""
-    if isinstance(value, _PLAIN):
-        return value
-    if not isinstance(value, _CONTAINERS) or depth == _DEEPEST or len(value) > _LONGEST:
-        return id(value), len(value) if isinstance(value, _CONTAINERS) else 0
-    parts = chain.from_iterable(value.items()) if isinstance(value, dict) else value
-    return type(value), [_contents(part, depth + 1) for part in parts]
-
-
-class _Beside:
-    """What a step's Python may read or change besides launching kernels; a graph has it as it was, and changes nothing.
-
-    Attributes:
-        attributes: plain ones of the modules of model and loss, and their containers.
-        tensors: those that modules keep, other than parameters.
-        chance: the state of the host's random numbers.
-    """
-
-    def __init__(self, step: TrainStep) -> None:
-        modules = _modules(step)
-        self.attributes = _attributes(modules)
-        # what torch's hooks keep is made anew from parameters before each use
-        own = [module for module in modules if not any(getattr(module, kind, None) for kind in _HOOKS)]
-        values = [value for module in own for value in (*vars(module).values(), *module._buffers.values())]
-        self.tensors = [value for value in values if isinstance(value, Tensor)]
-        states = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy())  # noqa: NPY002
-        self.chance = pickle.dumps(states)
-
-    def changed(self, after: _Beside) -> str:
-        """What a step has changed; empty where nothing."""
-        if self.chance != after.chance:
-            return "it draws random numbers on the host"
-        if self.attributes != after.attributes:
-            return "it changes an attribute"
-        if list(map(id, self.tensors)) != list(map(id, after.tensors)):
-            return "it puts another tensor in the place of one that it keeps"
-        return ""
-
-
-def _skipped(model: nn.Module) -> str:
-    """What the model does in Python besides its layers, which a replay would skip; empty where there is nothing.
-
-    Hooks of torch.nn.utils, such as of spectral_norm, compute on the device, and so are in the graph.
-    """
-    for name, module in model.named_modules():
-        for hook in (hook for kind in _HOOKS for hook in getattr(module, kind, {}).values()):
-            if not str(getattr(hook, "__module__", "")).startswith("torch.nn.utils."):
-                return f"{name or 'the model'} has a hook, which a replay would not call"
-    return ""
-
-
-def _can_be_captured(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is fused, so that its step is a few kernels without a look at the host, and nothing beside them."""
-    return steps_alone(optimizer) and all(group.get("fused") for group in optimizer.param_groups)
-
-
-def _settings(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """All that a captured step has fixed: the groups' settings but the learning rate, and the state's tensors."""
-    found: list[Any] = []
-    for group in optimizer.param_groups:
-        found += [value for name, value in group.items() if name not in ("params", "lr")]
-        found += [id(value) for value in optimizer.state.get(group["params"][0], {}).values()]
-    return found
