@@ -19,6 +19,7 @@ from acmds_optimizer import __version__
 from acmds_optimizer.closed_pipe import ends_with_its_reader
 from acmds_optimizer.config import TrainConfig, field_help, field_types, hint, load, read_file
 from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_optimizer.zoo.names import check_dataset, check_model
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -177,6 +178,7 @@ def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:
 
 def _dry_run(own: dict[str, Any], flags: dict[str, Any]) -> int:
     config, _ = _resolve(own["config"], Path(own["resume"]) if own["resume"] else None, flags)
+    _check_names(config)
     from acmds_optimizer.engine.run import dry_run
 
     print("\n".join(dry_run(config)))
@@ -237,6 +239,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {"check": _check, "export": _
 def _train(own: dict[str, Any], flags: dict[str, Any]) -> int:
     resume = Path(own["resume"]) if own["resume"] else None
     config, output_dir = _resolve(own["config"], resume, flags)
+    _check_names(config)
     from acmds_optimizer.engine.checkpoint import NEWEST  # torch loads here, after --help and typos
     from acmds_optimizer.engine.distributed import joined
     from acmds_optimizer.engine.run import run_training
@@ -302,6 +305,12 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
     name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")
     # the process too, since several runs may be started at once, each on a GPU of its own
     return config, Path("runs") / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def _check_names(config: TrainConfig) -> None:
+    """A misspelt name is told before PyTorch is imported."""
+    check_model(config.model)
+    check_dataset(config.dataset)
 
 
 def _without_none(flags: dict[str, Any]) -> dict[str, Any]:

@@ -216,7 +216,8 @@ def _add_backend(command: argparse.ArgumentParser) -> None:
 def _search(arguments: argparse.Namespace) -> int:
     fixed = dict(_pair(text) for text in arguments.set)
     overrides = {"name": arguments.name, "trials": arguments.trials}
-    space = load(arguments.file, overrides=overrides, fixed=fixed, resumed=arguments.resume)
+    elsewhere = arguments.ray_address is not None
+    space = load(arguments.file, overrides=overrides, fixed=fixed, resumed=arguments.resume, elsewhere=elsewhere)
     directory = arguments.results_dir / space.name
     yaml_text = arguments.file.read_text(encoding="utf-8")
     return _run(arguments, space, directory, yaml_text, fixed, resume=arguments.resume)

@@ -19,7 +19,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from acmds_optimizer.config import TrainConfig, build, field_names, hint, nearest, to_dict
-from acmds_optimizer.errors import ConfigError
+from acmds_optimizer.errors import ConfigError, DataError
+from acmds_optimizer.zoo.names import check_dataset, check_model
 from acmds_tune.controls import control_problems
 from acmds_tune.requires import DRAWS, all_hold, draw, parse_requirement
 from acmds_tune.space import (
@@ -51,6 +52,7 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     fixed: Mapping[str, str] | None = None,
     resumed: bool = False,
+    elsewhere: bool = False,
 ) -> Space:
     """Read and check a search-space file.
 
@@ -59,6 +61,7 @@ def load(
         overrides: top-level keys that replace those of the file (name, trials), from the command line.
         fixed: fixed settings that are added or replaced, from `--set`; values as YAML text.
         resumed: a study of it exists, and has taken from others what it was to begin with; these may be gone.
+        elsewhere: trials run on other machines, which may have data and models of their own.
 
     Raises:
         ConfigError: listing every problem at once, each with its line, key and nearest valid key.
@@ -72,6 +75,8 @@ def load(
     for index, folder in enumerate(() if resumed else space.warm_start):
         if not Path(folder).is_dir():
             source.complain(("warm_start", index), f"{folder!r}: no such folder")
+    if not (resumed or elsewhere):  # the relative paths of a study start where it was begun
+        _check_names(space, source)
     source.raise_if_any()
     return space
 
@@ -335,6 +340,22 @@ def _complete_range(path: tuple[str, str], name: str, parameter: Parameter, sour
     convert = int if parameter.type == "int" else float
     update = {"low": convert(low), "high": convert(high), "step": None if step is None else convert(step)}
     return parameter.model_copy(update=update)
+
+
+def _check_names(space: Space, source: Source) -> None:
+    """A misspelt model or data set would end every trial."""
+    for name, check in (("model", check_model), ("dataset", check_dataset)):
+        searched = space.search[name].values or [] if name in space.search else []
+        given: dict[tuple[str | int, ...], Any] = {
+            ("search", name, "values", index): value for index, value in enumerate(searched)
+        }
+        if name in space.fixed:
+            given["fixed", name] = space.fixed[name]
+        for path, value in given.items():
+            try:
+                check(str(value))
+            except DataError as error:
+                source.complain(path, str(error))
 
 
 def _check_name(space: Space, source: Source) -> None:

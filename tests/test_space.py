@@ -291,6 +291,36 @@ def test_presets_and_figures_become_objectives_with_their_direction(read: Any) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "fixed: {model: resnet81, dataset: digts}",
+            [
+                "line 1: fixed.model: no model named 'resnet81': did you mean resnet18",
+                "line 1: fixed.dataset: no data set and no folder named 'digts' (did you mean 'digits'?)",
+            ],
+        ),
+        ("fixed: {dataset: my/images}", ["line 1: fixed.dataset: my/images: no such folder. Expected train/ and val/"]),
+        ("fixed: {dataset: 'my.module:images', model: 'my.module:model'}", []),
+    ],
+)
+def test_models_and_data_sets_that_are_not_there_are_told_before_a_trial(
+    read: Any, problems: Any, text: str, problem: list[str]
+) -> None:
+    found = problems(f"{text}\n{SEARCH}") if problem else []
+    assert len(found) == len(problem)
+    assert all(told.startswith(said) for told, said in zip(found, problem, strict=True))
+    assert read(f"{text}\n{SEARCH}", elsewhere=True), "on other machines they may be"
+
+
+def test_a_misspelt_model_among_those_that_are_searched_is_told_with_its_line(problems: Any) -> None:
+    text = "search:\n  model:\n    values:\n      - resnet18\n      - resnet_50\n"
+    assert problems(text)[0].startswith(
+        "line 5: search.model.values.1: no model named 'resnet_50': did you mean resnet50"
+    )
+
+
 def test_an_unknown_figure_is_refused_with_the_nearest(problems: Any) -> None:
     assert "(did you mean 'val_accuracy'?)" in problems("objective: val_acuracy\n" + SEARCH)[0]
 

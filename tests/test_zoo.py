@@ -18,9 +18,10 @@ from torch.utils.data import TensorDataset
 
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import DataError
-from acmds_optimizer.zoo.datasets import build_data, describe
+from acmds_optimizer.zoo.datasets import NAMED, build_data, describe
 from acmds_optimizer.zoo.folders import corrupt_images, read_folder, stratified_split
 from acmds_optimizer.zoo.models import build_model, model_names
+from acmds_optimizer.zoo.names import DATASETS, written_models
 
 
 def load(dataset: str | Path, **settings) -> Any:
@@ -107,6 +108,7 @@ def test_every_model_is_for_classification_of_images():
     assert {"small_cnn", "resnet50", "vit_b_16", "convnext_tiny"} <= set(names)
     assert not [name for name in names if "rcnn" in name or "deeplab" in name or "r3d" in name or "raft" in name]
     assert len(names) == 1 + len(torchvision.models.list_models(module=torchvision.models))
+    assert sorted(["small_cnn", *written_models()]) == names, "as torchvision's source is read without importing it"
 
 
 def test_models_with_auxiliary_heads_give_one_output():
@@ -136,6 +138,10 @@ def test_the_same_seed_gives_the_same_weights():
         torch.manual_seed(3)
         weights.append(build_model("resnet18", 10, image_size=32).get_parameter("conv1.weight"))
     assert torch.equal(weights[0], weights[1])
+
+
+def test_each_data_set_that_has_a_name_can_be_built():
+    assert set(NAMED) == set(DATASETS)
 
 
 def test_an_unknown_model_names_the_nearest():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
-from acmds_optimizer.config import TrainConfig, nearest
+from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
 from acmds_optimizer.zoo.folders import read_folder, stratified_split
 from acmds_optimizer.zoo.hub import load_hub
 from acmds_optimizer.zoo.imports import load_callable
 from acmds_optimizer.zoo.items import TensorImages, known_targets, length, probe
+from acmds_optimizer.zoo.names import dataset_kind
 from acmds_optimizer.zoo.torchvision_sets import NOT_MIRRORED, load_torchvision
 
 logger = logging.getLogger(__name__)
@@ -76,22 +76,8 @@ def build_data(config: TrainConfig) -> DataBundle:
         DataError: no such data set, data that cannot be used, a failed download, or fewer classes asked for than the
             labels show. The message says what is expected.
     """
-    name = config.dataset
-    if name in NAMED:
-        bundle = NAMED[name](config)
-    elif name.startswith("hf:"):
-        bundle = _hub(config)
-    elif name.startswith("torchvision:"):
-        bundle = _torchvision(config)
-    elif ":" in name and not os.path.exists(name):  # noqa: PTH110  # Path's raises where a folder may not be read
-        bundle = _foreign(config)
-    elif "/" in name or os.path.exists(name):  # noqa: PTH110
-        bundle = _folder(Path(name), config)
-    else:
-        raise DataError(
-            f"no data set and no folder named {name!r}{nearest(name, list(NAMED))}. Known are {', '.join(NAMED)}, "
-            f"the path of a folder of images, torchvision:NAME, hf:NAME, and package.module:callable"
-        )
+    kind = dataset_kind(config.dataset)
+    bundle = NAMED[config.dataset](config) if kind == "named" else _LOADERS[kind](config)
     bundle.num_classes = _class_count(bundle, config.num_classes)
     channels = bundle.image_shape[0]
     if config.augment and config.auto_augment != "none" and not bundle.is_float and channels not in (1, 3):
@@ -305,4 +291,10 @@ NAMED: dict[str, Callable[[TrainConfig], DataBundle]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
     "imagenet": _imagenet,
+}
+_LOADERS: dict[str, Callable[[TrainConfig], DataBundle]] = {
+    "hf": _hub,
+    "torchvision": _torchvision,
+    "callable": _foreign,
+    "folder": lambda config: _folder(Path(config.dataset), config),
 }

@@ -11,13 +11,10 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from acmds_optimizer.errors import DataError
+from acmds_optimizer.zoo.names import LAYOUT, check_folder
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
-LAYOUT = (
-    "Expected train/ and val/ (or valid/, test/) with one folder of images a class in each, "
-    "or the class folders themselves"
-)
 SPLIT_SEED = 1729
 """Of the split into training and validation samples: one for all configurations, so that trials compare."""
 
@@ -115,8 +112,7 @@ def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFil
 
 
 def _parts(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}. {LAYOUT}")
+    check_folder(folder)
     train_folder = folder / "train"
     validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
     if not train_folder.is_dir() or (validation is None and not any(e.is_dir() for e in os.scandir(train_folder))):

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from acmds_optimizer.errors import DataError, first_line
 from acmds_optimizer.zoo import SMALL_IMAGE_PX
 from acmds_optimizer.zoo.imports import load_callable
+from acmds_optimizer.zoo.names import unknown_model
 
 
 class SmallCNN(nn.Module):
@@ -100,9 +101,7 @@ def check_name(name: str, *, pretrained: bool = False) -> None:
     elif ":" in name:
         load_callable(name, "model")
     elif name not in model_names():
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), model_names(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(model_names())}"
-        raise DataError(f"no model named {name!r}: {hint} One's own is given as package.module:callable")
+        raise unknown_model(name, model_names())
 
 
 def _timm(name: str) -> Any:
