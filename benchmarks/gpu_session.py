@@ -72,7 +72,7 @@ PARTS = {
         Part("study", 1800, "benchmarks.tuner study search_spaces/resnet50_neighbour.yaml {deadline} --out {out}/study",
              table="study.csv", goes_on=True),
         Part("ranks", 240, "benchmarks.ranks --rounds 2 --seconds 5", table="ranks.csv", gpus=2),
-        Part("pair", 240, "benchmarks.tuner pair 10 cuda --out {out}/pair", table="pair.csv", gpus=2),
+        Part("pair", 600, "benchmarks.tuner pair 24 cuda --out {out}/pair", table="pair.csv", gpus=2),
     )
 }  # fmt: skip
 """In the order in which they are run, but for those that want several GPUs."""

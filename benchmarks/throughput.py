@@ -60,6 +60,7 @@ COLUMNS = {
     "ratio_lowest": "the lowest of the rounds",
     "peak_gb": "peak of allocated memory while it ran alone, beyond what was there; ours with the others' blocks",
     "batch_last": "micro-batch of the last step",
+    "replayed": "of ours, whether its last step was a replayed graph",
     "seconds_before": "from building it to the end of its warm-up; in part first, to the first step",
     "rounds": "blocks that count",
 }
@@ -280,7 +281,7 @@ class Bench:
                 **where, system=name, status="ok", images_per_second=statistics.median(rates[name]),
                 ratio=statistics.median(ratios), ratio_lowest=min(ratios), peak_gb=peak / GIB,
                 batch_last=trainer.controller.batch_size if trainer else where["batch"], seconds_before=before,
-                rounds=self.rounds,
+                replayed=_replayed(trainer), rounds=self.rounds,
             )  # fmt: skip
             if trainer is not None:
                 trainer.shutdown()
@@ -302,6 +303,11 @@ class Bench:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _replayed(trainer: ACMDSTrainer | None) -> bool | str:
+    graphs = trainer.train_step.graphs if trainer is not None else None
+    return graphs.replayed if graphs is not None else ""
 
 
 def grid(bench: Bench, options: argparse.Namespace) -> None:
