@@ -1,6 +1,6 @@
 """All measurements that need a GPU, within a number of seconds.
 
-    python -m benchmarks.gpu_session OUT 5780 --data cifar10            # everything; 96 minutes
+    python -m benchmarks.gpu_session OUT 6140 --data cifar10            # everything; 102 minutes
     python -m benchmarks.gpu_session OUT 560 --parts tests,memory       # a part of it
     python -m benchmarks.gpu_session OUT 560 --list                     # only print the commands
 
