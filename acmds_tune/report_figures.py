@@ -47,6 +47,8 @@ MOST_POINTS = 2000
 
 MOST_HOVERED = 1000
 """Trials of a study whose settings are shown beside the mouse; of a larger one the page would be too large."""
+MOST_SLICES = 12
+"""Settings that have a slice."""
 MOST_SLICED = 6000
 """Points of all slices together; of more trials every second, third ... is drawn."""
 
@@ -235,14 +237,29 @@ def baseline_lines(study: StudyRecord) -> list[Figure]:
     ]
 
 
-def slices(study: StudyRecord) -> Figure | None:
-    """The first objective over each searched setting, one small plot each; None where no trial has a value."""
+def slices(study: StudyRecord, shares: Mapping[str, float]) -> tuple[Figure | None, str]:
+    """The first objective over each searched setting, one small plot each; None where no trial has a value.
+
+    Args:
+        study: its trials are drawn.
+        shares: of each setting in how far the trials differ; of many settings the first by these are drawn.
+
+    Returns:
+        The figure, and what is not in it, as sentences.
+    """
     objective, columns = study.objectives[0], 3
     rows = [row for row in study.trials if row.figures.get(objective.name) is not None and row.status != "running"]
-    names = [name for name in study.searched if len({str(row.config.get(name)) for row in rows}) > 1][:12]
+    names = [name for name in study.searched if len({str(row.config.get(name)) for row in rows}) > 1]
     if not names or len(rows) < 2:
-        return None
-    rows = rows[:: math.ceil(len(rows) * len(names) / MOST_SLICED)]
+        return None, ""
+    left_out = ""
+    if len(names) > MOST_SLICES:
+        names = sorted(names, key=lambda name: -shares.get(name, 0.0))[:MOST_SLICES]
+        left_out += f" Drawn are the {MOST_SLICES} settings with the largest importance."
+    every = math.ceil(len(rows) * len(names) / MOST_SLICED)
+    if every > 1:
+        rows = rows[::every]
+        left_out += f" One trial of {every} is drawn."
     lines = math.ceil(len(names) / columns)
     data, axes = [], {}
     for position, name in enumerate(names):
@@ -277,7 +294,7 @@ def slices(study: StudyRecord) -> Figure | None:
                     marker={"size": 7, "color": ACCENT if good else GREY, "opacity": 0.8 if good else 0.5},
                 )
             )
-    return {"data": data, "layout": layout(110 + 210 * lines, **axes)}
+    return {"data": data, "layout": layout(110 + 210 * lines, **axes)}, left_out
 
 
 def setting_text(value: Any) -> str:

@@ -112,6 +112,8 @@ def comparisons(
     if done < FEWEST_TRIALS_FOR_IMPORTANCES:
         too_few = f"Needs {FEWEST_TRIALS_FOR_IMPORTANCES} trials that ran to their end; this study has {done}."
     nothing = "No trial ran long enough to measure this."
+    of_first = shares.get(study.objectives[0].name, {})
+    slices, left_out = figures.slices(replace(study, trials=study.candidates), of_first)
     parts = [
         plot(
             "oom",
@@ -148,9 +150,8 @@ def comparisons(
         plot(
             "slices",
             "Slices",
-            "The first objective over each searched setting. What rises or falls through all trials matters. "
-            "Of thousands of trials every few are drawn.",
-            figures.slices(replace(study, trials=study.candidates)),
+            f"The first objective over each setting. What rises or falls through all trials matters.{left_out}",
+            slices,
             "Needs two trials that differ.",
             into,
         ),

@@ -483,12 +483,24 @@ def test_all_plots_are_valid_plotly_figures(mixed: Study) -> None:
         report_figures.throughput_against_oom(record, marked),
         report_figures.pareto(record, marked),
         report_figures.history(record, marked),
-        report_figures.slices(record),
+        report_figures.slices(record, {})[0],
         report_figures.importance({"samples_per_second": {"lr": 0.75, "pid_kp": 0.25}}),
         report_figures.memory_over_steps(steps, report.read_events(mixed.folder, 4), 12.0),
     ]
     for figure in drawn:
         assert go.Figure(figure).data  # raises for a property that plotly does not know
+
+
+def test_slices_say_what_they_leave_out_and_keep_what_matters_most(mixed: Study) -> None:
+    record = report.load_study(mixed.folder)
+    names = [f"setting_{number}" for number in range(15)]
+    trials = [replace(record.trials[0], number=number, config=dict.fromkeys(names, number)) for number in range(1000)]
+    few = replace(record, trials=trials[:20], searched=names[:3])
+    assert report_figures.slices(few, {})[1] == ""
+    figure, left_out = report_figures.slices(replace(record, trials=trials, searched=names), {"setting_14": 0.9})
+    assert figure is not None
+    assert figure["layout"]["xaxis"]["title"]["text"] == "setting_14"
+    assert left_out == " Drawn are the 12 settings with the largest importance. One trial of 2 is drawn."
 
 
 def test_only_feasible_trials_are_on_the_front_and_in_the_best_so_far(mixed: Study) -> None:
