@@ -392,6 +392,44 @@ def test_a_gpu_that_is_not_there_is_an_error_at_once_and_leaves_no_study(
     assert time.monotonic() - began < 10
 
 
+JOINING = """
+import sys
+from pathlib import Path
+from acmds_tune.search import run_search
+from acmds_tune.space_load import load
+from ray.cluster_utils import Cluster
+
+folder = Path(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+for _ in range(2):
+    cluster.add_node(num_cpus=1)
+try:
+    text = (folder / "s.yaml").read_text()
+    objective = "tests.fake_objectives:meets_another"
+    result = run_search(load(folder / "s.yaml"), folder / "s", text, objective=objective, ray_address=cluster.address)
+    print(result.missing, result.directory)
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_a_search_joins_a_cluster_and_has_trials_at_once_on_its_machines(tmp_path: Path) -> None:
+    text = TEXT.replace("silence: 1", "silence: 45").replace("trials: 6", "trials: 2")
+    (tmp_path / "s.yaml").write_text(text + "resources: {concurrent_trials: 2}\n", encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, "-c", JOINING, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+    assert ended.stdout.split() == ["0", str(tmp_path / "s")], ended.stderr
+    trials = pd.read_csv(tmp_path / "s" / "trials.csv")
+    # each waits for the other, and each of the two machines has a core for one
+    assert list(trials.status) == ["ok", "ok"]
+
+
 def test_a_cluster_that_does_not_answer_is_an_error_and_leaves_no_study(tmp_path: Path) -> None:
     command = [
         sys.executable,
