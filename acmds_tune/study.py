@@ -24,12 +24,11 @@ from optuna.trial import TrialState
 from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.files import replacing
-from acmds_tune import nvml
 from acmds_tune.journal import JOURNAL, hold, make_new, mend
 from acmds_tune.objective import Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
-from acmds_tune.records import DEFAULT, DONE, StudyRecord, ranked
+from acmds_tune.records import DEFAULT, StudyRecord
 from acmds_tune.report import is_row, record, trial_dir
 from acmds_tune.requires import Requirement, all_hold, nearest_allowed, parse_requirement
 from acmds_tune.samplers import (
@@ -43,8 +42,9 @@ from acmds_tune.samplers import (
     suggest,
 )
 from acmds_tune.space import Space, derived_seed, ordered, space_differences
-from acmds_tune.stages import SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step, searched
+from acmds_tune.stages import SAMPLED, Extra, Sample, Step, Wait, default_values, left, next_step
 from acmds_tune.storage import Journal, about_of, open_study, read_about
+from acmds_tune.warm_start import best_settings, fingerprint, usable_trials
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,6 @@ CACHE = "decoded"
 
 BAD_END_VIOLATION = 100.0
 """What the sampler is told of a trial that ran out of memory for good, raised, died or hung: far from feasible."""
-
-WARM_STARTS = 5
-"""Best configurations of an earlier study that are tried first."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +176,8 @@ class SearchStudy:
         label = f"from {theirs.name}"
         tried = [each.system_attrs.get("fixed_params") for each in ours if each.user_attrs.get("label") == label]
         taken = {each.user_attrs.get("earlier_trial") for each in ours if each.user_attrs.get("earlier") == str(other)}
-        for row in ranked(theirs, most=WARM_STARTS):
-            values = {name: row.config[name] for name in self._order if name in row.config}
-            values = {name: value for name, value in values.items() if contains(self.space.search[name], value)}
-            if values and values not in tried:
+        for values in best_settings(theirs, self.space):
+            if values not in tried:
                 self._study.enqueue_trial(values, user_attrs={"label": label})
         differences = space_differences(about.get("fingerprint", {}), fingerprint(self.space))
         if differences:
@@ -192,16 +187,14 @@ class SearchStudy:
             )  # fmt: skip
             return 0
         count = 0
-        for row in theirs.of_stages(SAMPLED[-1:]):
-            params = searched(self.space, row)
-            fits = all(contains(self.space.search[name], value) for name, value in params.items())
-            if row.status not in DONE or row.values is None or not fits or row.number in taken:
+        for row, params in usable_trials(theirs, self.space):
+            if row.number in taken:
                 continue
             blind = self.space.sampler in WITHOUT_CONSTRAINTS and not row.feasible
             known = optuna.trial.create_trial(
                 params=params,
                 distributions={name: distribution(self.space.search[name]) for name in params},
-                values=self._values({}) if blind else list(row.values),
+                values=self._values({}) if blind else list(row.values or ()),
                 user_attrs={"earlier": str(other), "earlier_trial": row.number},
                 system_attrs={f"constraints:{index}": value for index, value in enumerate(row.violations)},
             )
@@ -553,28 +546,3 @@ def _set_aside(directory: Path) -> None:
 
 def _plain(value: Any) -> str:
     return "not measured" if value is None else f"{value:g}"
-
-
-def fingerprint(space: Space) -> dict[str, Any]:
-    """What must be the same for the figures of two studies to be comparable."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
-
-    gpus = nvml.visible_devices() if space.device != "cpu" else []
-    about = space.model_dump(mode="json", include={"fixed", "objective", "constraints", "budget", "neighbour"})
-    about["fixed"].pop("data_dir", None)
-    about["budget"].pop("minutes", None)
-    return {
-        **about,
-        "objective": str(about["objective"]),
-        "constraints": str(about["constraints"]),
-        "neighbour": str(about["neighbour"]),
-        "card": nvml.name(gpus[0]) if gpus else f"{os.cpu_count()} CPU cores",
-        "torch": installed("torch"),
-        "acmds": installed("acmds"),
-    }
