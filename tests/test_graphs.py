@@ -416,6 +416,23 @@ def test_a_size_is_captured_where_the_gpu_waited_for_the_host_in_most_of_its_new
     assert graphs._is_due(64) is due
 
 
+def test_steps_that_wait_to_learn_of_an_overflow_say_nothing_of_launches():
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    del graphs._is_due
+    graphs._only_if_faster, graphs._used, graphs._optimizer_eager = True, (True,), False
+    graphs._uses[64] = 100
+    step.guard.scaler = cast(Any, object())
+    for _ in range(5):
+        graphs.timed(Timing(64, 0.1, waited=True))
+    assert not graphs._is_due(64)
+    graphs._optimizer = cast(Any, object())  # from now on the scaler asks within the graph
+    for waited in (True, False, False):
+        graphs.timed(Timing(64, 0.1, waited=waited))
+    assert not graphs._is_due(64)
+
+
 @pytest.mark.parametrize(("replay_s", "kept"), [(0.0985, False), (0.098, True)])
 def test_a_graph_is_kept_from_a_gain_of_two_percent_on_over_the_newest_eager_steps(replay_s, kept):
     _, step = step_of(True)

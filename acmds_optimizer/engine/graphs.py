@@ -155,6 +155,12 @@ class GraphedMicroBatches:
         return [module for part in parts for module in part.modules()]
 
     @property
+    def _asks_the_gpu(self) -> bool:
+        """Whether steps wait for the GPU, to learn of an overflow, until the optimizer is captured too."""
+        scaled = self._step.guard.scaler is not None
+        return scaled and self._optimizer is None and not self._optimizer_eager and not self.off_reason
+
+    @property
     def _gradients(self) -> list[Tensor]:
         return [buffer for buffer in self._buffers if buffer is not None]
 
@@ -209,7 +215,8 @@ class GraphedMicroBatches:
             return
         size = timing.micro_batch
         if not timing.replayed:
-            self._eager[size].append(timing)
+            if not self._asks_the_gpu:
+                self._eager[size].append(timing)
             return
         replays, eager = self._replays[size], self._eager[size]
         if len(replays) == _TIMINGS or size not in self._graphs or not eager:
