@@ -170,7 +170,7 @@ def _evaluate(own: dict[str, Any], flags: dict[str, Any]) -> int:
     from acmds_optimizer.engine.run import evaluate_checkpoint
 
     state = checkpoint.load(own["evaluate"])
-    config = load(own["config"], _without_none(flags), state["config"])
+    config = load(own["config"], flags, state["config"])
     for name, value in evaluate_checkpoint(state, config).items():
         print(f"{name}: {value}")
     return 0
@@ -299,7 +299,7 @@ def _resolve(config_file: str | None, resume: Path | None, flags: dict[str, Any]
             raise ConfigError("--resume", [f"{folder} holds no config.json, so it is not the folder of a run"])
         base = read_file(folder / "config.json")
         flags = {"output_dir": str(folder), **flags}
-    config = load(config_file, _without_none(flags), base)
+    config = load(config_file, flags, base)
     if config.output_dir is not None:
         return config, Path(config.output_dir)
     name = f"{Path(config.dataset).name}_{config.model}".replace(":", "-").replace("/", "-")
@@ -311,15 +311,6 @@ def _check_names(config: TrainConfig) -> None:
     """A misspelt name is told before PyTorch is imported."""
     check_model(config.model)
     check_dataset(config.dataset)
-
-
-def _without_none(flags: dict[str, Any]) -> dict[str, Any]:
-    """The word none, where a setting may be none, as None."""
-    kinds = field_types()
-    return {
-        name: None if value == "none" and type(None) in get_args(kinds[name]) else value
-        for name, value in flags.items()
-    }
 
 
 class _StopOnSignal:

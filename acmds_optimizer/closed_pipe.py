@@ -1,4 +1,4 @@
-"""What a command does when whoever read its output has gone, as `head` goes after ten lines."""
+"""What a command does when nobody reads its output: a reader has gone, as `head` does, or there never was one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 EXIT = 141
@@ -17,10 +18,14 @@ P = ParamSpec("P")
 
 
 def ends_with_its_reader(main: Callable[P, int]) -> Callable[P, int]:
-    """`main` of a command line; where the reader of its output has gone it ends with EXIT and without a traceback."""
+    """`main` of a command line; where the reader of its output has gone it ends with EXIT and without a traceback.
+
+    A command that was started with its output closed (`>&-`) runs as with `>/dev/null`.
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        _open_what_is_closed()
         try:
             try:
                 return main(*args, **kwargs)
@@ -36,6 +41,17 @@ def ends_with_its_reader(main: Callable[P, int]) -> Callable[P, int]:
             return EXIT
 
     return run
+
+
+def _open_what_is_closed() -> None:
+    """Python has None for a stream that is closed, and print(file=None) would write to the other one.
+
+    Opened first of all, the null device also takes the stream's number, which a file of the run would get otherwise.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = Path(os.devnull).open("w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  # to the end
+            setattr(sys, name, nowhere)
 
 
 def _has_no_reader(stream: object) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -367,24 +368,29 @@ def build(config_type: type[Config], values: Mapping[str, Any], source: str) -> 
     try:
         return TypeAdapter(config_type).validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(source, describe(error, field_names(config_type))) from None
+        raise ConfigError(source, [problem for _, problem in describe(error, field_names(config_type))]) from None
 
 
-def describe(error: ValidationError, valid_keys: list[str]) -> list[str]:
-    """One line for each problem pydantic found: dotted key, value, what is allowed, nearest valid key."""
-    problems: list[str] = []
-    tried: dict[str, list[str]] = {}
+def describe(error: ValidationError, valid_keys: list[str]) -> list[tuple[list[str], str]]:
+    """For each problem that pydantic found its keys, and a line: dotted key, value, what is allowed, nearest valid key.
+
+    Settings that do not go together have several keys, or one.
+    """
+    problems: list[tuple[list[str], str]] = []
+    tried: dict[tuple[str, str], list[str]] = {}
     for item in error.errors(include_url=False):
         # a union reports one error a member, with the member's name in the location; the key is what the user typed
         members = ("constrained-", "function-", "literal[", "bool")
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(members))
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            problems.append(f"{key}: unknown key{hint(str(item['loc'][-1]), valid_keys)}")
+            problems.append(([key], f"{key}: unknown key{hint(str(item['loc'][-1]), valid_keys)}"))
         elif key:
-            tried.setdefault(f"{key}: {item['input']!r}", []).append(f"{item['msg'][:1].lower()}{item['msg'][1:]}")
+            allowed = tried.setdefault((key, f"{item['input']!r}"), [])
+            allowed.append(f"{item['msg'][:1].lower()}{item['msg'][1:]}")
         else:
-            problems.append(item["msg"].removeprefix("Value error, "))
-    return problems + [f"{what}: {', or '.join(allowed)}" for what, allowed in tried.items()]
+            said = item["msg"].removeprefix("Value error, ")
+            problems.append(([word for word in re.findall(r"\w+", said) if word in valid_keys], said))
+    return problems + [([key], f"{key}: {value}: {', or '.join(allowed)}") for (key, value), allowed in tried.items()]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -420,8 +426,33 @@ def load(
 ) -> TrainConfig:
     """Defaults, overridden by `base` (a resumed run's settings), by the file at `path`, by `overrides` (the flags).
 
+    The word none, where a setting may be none, is None.
+
     Raises:
-        ConfigError: listing every problem at once.
+        ConfigError: listing every problem at once, each with where its value was given.
     """
-    values = read_file(path) if path else {}
-    return build(TrainConfig, {**(base or {}), **values, **(overrides or {})}, str(path or "command line"))
+    layers = {"settings of the run": base, str(path): read_file(path) if path else None, "command line": overrides}
+    given = {place: settings for place, settings in layers.items() if settings}
+    values = {name: value for settings in given.values() for name, value in settings.items()}
+    kinds = field_types()
+    for name, value in values.items():
+        if value == "none" and type(None) in get_args(kinds.get(name)):
+            values[name] = None
+    try:
+        return TypeAdapter(TrainConfig).validate_python(values)
+    except ValidationError as error:
+        raise _with_places(describe(error, field_names()), given) from None
+
+
+def _with_places(problems: list[tuple[list[str], str]], given: Mapping[str, Mapping[str, Any]]) -> ConfigError:
+    """The error of settings from several places, the later ones over the earlier; says whose each problem is."""
+    last = {name: place for place, settings in given.items() for name in settings}
+    places = []
+    for names, _ in problems:
+        its = {last[name] for name in names if name in last} or set(given)
+        places.append([place for place in given if place in its])
+    source = " and ".join(place for place in given if any(place in each for each in places))
+    if all(each == places[0] for each in places):
+        return ConfigError(source, [said for _, said in problems])
+    told = zip(places, problems, strict=True)
+    return ConfigError(source, [f"{' and '.join(each)}: {said}" for each, (_, said) in told])

@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch import nn
 
 from acmds_optimizer import ACMDSTrainer, CurriculumConfig, MemoryPressureController, TrainConfig, cli, run_training
 from acmds_optimizer.engine import checkpoint
 from acmds_optimizer.engine.epochs import EpochLog
 from acmds_optimizer.engine.evaluate import Best
 from acmds_optimizer.engine.run import make_model
-from acmds_optimizer.errors import ACMDSError, ConfigError
+from acmds_optimizer.errors import ACMDSError, CheckpointError, ConfigError
 from acmds_optimizer.zoo.datasets import build_data
 from acmds_tune.child import DATASET_MODULES, TRAINER_MODULES
 
@@ -314,6 +315,34 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_and_nothing_is_writt
         assert "Traceback" not in error
         assert "weights_only" not in error  # PyTorch's advice, to trust the file, is not ours
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Weights only load failed. Load it all the same \x1b[1mif you trust it\x1b[0m", "Weights only load failed"),
+        ("Weights only load failed\x1b[1m: it can be loaded\x1b[0m", "Weights only load failed"),
+        ("file a.b: failed finding central directory\nat frame #0", "file a.b: failed finding central directory"),
+        (" \n", "RuntimeError"),
+    ],
+)  # fmt: skip  # a line a message
+def test_of_what_pytorch_says_of_a_foreign_file_the_first_sentence_is_told(text, said, tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(text)
+
+    (path := tmp_path / "foreign.pt").write_bytes(b"x")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(path)
+    assert str(refused.value) == f"{path}: not a whole checkpoint of this program ({said})"
+
+
+def test_a_pickled_model_is_refused_in_one_line_without_advice(tmp_path):
+    torch.save(nn.Linear(2, 2), path := tmp_path / "model.pt")
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(path)
+    assert str(refused.value).isprintable()
+    assert "trust" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["step", "reserved_ratio", "pool_ratio", "highest_allocated", "law", "peaks", "times"])

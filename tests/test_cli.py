@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from rich.console import Console
 
@@ -86,6 +88,19 @@ def test_a_best_json_is_a_configuration_file(tmp_path):
     assert load(path).lr == 0.125
 
 
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_none_in_a_file_is_none_where_a_setting_may_be_none_as_it_is_in_a_flag(tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    settings = {"output_dir": "none", "freeze": "none", "ema-decay": "none", "num_classes": None, "lr_scaling": "none"}
+    path.write_text(json.dumps(settings) if suffix == ".json" else yaml.safe_dump(settings))
+    config = load(path)
+    found = (config.output_dir, config.freeze, config.ema_decay, config.num_classes, config.lr_scaling)
+    assert found == (None, None, None, None, "none")
+    path.write_text(json.dumps({"freeze": "backbone", "max_steps": 7}))
+    config = resolve("--config", str(path), "--freeze", "none", "--max-steps", "none", "--lr-scaling", "none")
+    assert (config.freeze, config.max_steps, config.lr_scaling) == (None, None, "none")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -108,6 +123,38 @@ def test_all_problems_are_reported_at_once_with_the_nearest_key(tmp_path, capsys
     message = capsys.readouterr().err
     for part in ("4 problems", "did you mean 'min_batch_size'?", "pid_kp: -1", "pacing: 'foo'", "epochs: 'many'"):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("epochs: 3", "--lr -1", "command line: 1 problem\n  lr: '-1': input should be greater than 0\n"),
+        ("lr: -1", "--epochs 3", "{file}: 1 problem\n  lr: -1: input should be greater than 0\n"),
+        ("lr: -1", "--lr 0.5 --epochs 0", "command line: 1 problem\n  epochs: '0': "),
+        ("min_batch_size: 100", "--lr 0.5", "{file}: 1 problem\n  min_batch_size 100 is above max_batch_size 64\n"),
+        ("lr: 0.5", "--min-batch-size 100", "command line: 1 problem\n  min_batch_size 100 is above"),
+        ("min_batch_size: 9", "--max-batch-size 8", "{file} and command line: 1 problem\n  min_batch_size 9 is above"),
+        (
+            "lr: -1\nepohcs: 3",
+            "--epochs 0",
+            "{file} and command line: 3 problems\n"
+            "  {file}: epohcs: unknown key (did you mean 'epochs'?)\n"
+            "  command line: epochs: '0': input should be greater than or equal to 1\n"
+            "  {file}: lr: -1: input should be greater than 0\n",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_with_the_place_where_it_was_given(text, flags, message, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert cli.main(["--config", str(path), *flags.split()]) == 2
+    assert f"acmds-train: {message.replace('{file}', str(path))}" in capsys.readouterr().err
+
+
+def test_a_wrong_value_of_a_resumed_run_is_told_as_the_runs(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"lr": -1}))
+    assert cli.main(["--resume", str(tmp_path), "--epochs", "3"]) == 2
+    assert "settings of the run: 1 problem\n  lr: -1: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -235,3 +282,19 @@ def test_names_of_folders_and_files_need_not_be_text(tmp_path, monkeypatch):
         pass
     code, out, _ = run("check", folder)
     assert (code, out.partition(b": ")[0]) == (1, broken)
+
+
+@pytest.mark.parametrize(
+    ("closed", "shown"),
+    [(">&-", ("", "done\n")), ("2>&-", ("figures\n", "")), (">&- 2>&-", ("", "")), ("<&- >&-", ("", "done\n"))],
+)
+def test_a_command_whose_output_is_closed_works_and_writes_nothing_elsewhere(closed, shown, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom acmds_optimizer.closed_pipe import ends_with_its_reader\n"
+        "@ends_with_its_reader\ndef main():\n    print('figures')\n    print('done', file=sys.stderr)\n    return 0\n"
+        "sys.exit(main())\n"
+    )
+    command = ["sh", "-c", f'exec "$0" "$1" {closed}', sys.executable, str(program)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, *shown)

@@ -43,7 +43,7 @@ def test_a_training_command_of_the_documentation_is_understood(page, command):
         return
     options = vars(cli.build_parser().parse_args(words))
     own = ("config", "resume", "evaluate", "dry_run", "log_file", "quiet")
-    flags = cli._without_none({name: value for name, value in options.items() if name not in own})
+    flags = {name: value for name, value in options.items() if name not in own}
     file = options["config"]
     load(REPOSITORY / file if file and (REPOSITORY / file).exists() else None, flags)
     if file and not file.startswith("results/"):

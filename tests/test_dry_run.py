@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,7 +63,7 @@ def test_the_predicted_peak_is_that_of_a_run_on_the_cpu_card(settings, tmp_path)
 def test_data_that_stays_on_the_device_is_counted(items, settings, monkeypatch):
     data = TensorDataset(items, torch.arange(30) % 2), TensorDataset(items[:10], torch.arange(10) % 2)
     monkeypatch.setattr("acmds_optimizer.zoo.datasets.load_callable", lambda *_: lambda: data)
-    asked = config(dataset="own:data", num_workers=0, **settings)
+    asked = config(dataset="own:data", num_workers=0, device="cuda", **settings)
     bundle = build_data(asked)
     real = 0
     for part, train in ((bundle.train, True), (bundle.val, False)):
@@ -69,6 +71,10 @@ def test_data_that_stays_on_the_device_is_counted(items, settings, monkeypatch):
         source = make_source(part, bundle, asked, "cpu", train=train)
         real += source.images.nbytes if isinstance(source, ResidentSource) else 0
     assert resident_bytes(asked, bundle) == real
+    assert resident_bytes(dataclasses.replace(asked, memory_limit_gb=3.000001), bundle) == 0, (
+        "268 bytes are left for data"
+    )
+    assert resident_bytes(dataclasses.replace(asked, device="cpu"), bundle) == 0, "they lie beside the CPU's card"
 
 
 def test_the_peak_is_a_line_in_the_micro_batch_over_a_floor():
@@ -116,3 +122,29 @@ class LooksAtValues(nn.Module):
 def test_a_model_that_looks_at_values_is_refused_in_words():
     with pytest.raises(DataError, match=r"--dry-run: small_cnn does not run on inputs \(1, 8, 8\) without data"):
         predict(LooksAtValues(), (1, 8, 8), config())
+
+
+class Gives(nn.Module):
+    """A model whose output is something else than logits."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+        self.wrap = wrap
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.wrap(self.head(inputs.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "kind"), [(lambda logits: (logits, logits), "tuple"), (lambda logits: {"logits": logits}, "dict")]
+)
+def test_a_model_that_gives_something_else_than_logits_is_refused_as_in_training(wrap, kind):
+    with pytest.raises(DataError, match=rf"Gives must give one tensor of logits \(B, C\), but gives a {kind}: wrap it"):
+        predict(Gives(wrap), (1, 8, 8), config())
+
+
+def test_a_dry_run_refuses_fewer_classes_than_the_labels_show_as_training_does(capsys):
+    arguments = ["--model", "small_cnn", "--dataset", "digits", "--num-classes", "3"]
+    assert cli.main([*arguments, "--dry-run"]) == 2
+    assert "num_classes is 3, but the labels go up to 9: it must be at least 10" in capsys.readouterr().err

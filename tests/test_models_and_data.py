@@ -145,6 +145,22 @@ def test_without_timm_it_is_said_what_to_install(monkeypatch):
         build_model("timm/resnet18", 10)
 
 
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("images", "model", "message"),
+    [
+        (torch.zeros(8, 3, 8, 64, dtype=torch.uint8), "densenet121", "cannot take images of 64x8 px"),
+        (torch.zeros(8, 20), "small_cnn", "model 'small_cnn': takes images (C, H, W)"),
+    ],
+)
+def test_a_model_that_cannot_take_the_items_is_refused_in_words(images, model, message, more, monkeypatch, capsys):
+    module: Any = types.ModuleType("own_items")
+    module.data = lambda: (TensorImages(images, [0, 1] * 4), None)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert cli.main(["--model", model, "--dataset", "own_items:data", "--device", "cpu", *more]) == 2
+    assert message in capsys.readouterr().err
+
+
 # --- data
 
 
@@ -312,3 +328,12 @@ def test_corrupt_images_are_listed(tmp_path, capsys):
     ]  # fmt: skip
     assert "cat 4, dog 3" in error
     assert "2 of them cannot be read" in error
+
+
+def test_the_check_of_a_folder_sees_the_parts_that_a_training_sees(tmp_path, capsys):
+    photos(tmp_path / "Training", {"cat": 4, "dog": 3})
+    photos(tmp_path / "Testing", {"cat": 1, "dog": 2})
+    assert cli.main(["check", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert f"7 images in {tmp_path / 'Training'}: cat 4, dog 3" in error
+    assert f"3 images in {tmp_path / 'Testing'}: dog 2, cat 1" in error

@@ -71,17 +71,26 @@ def test_one_cycle_is_that_of_torch():
         theirs.step() if step < steps - 1 else None
 
 
-def test_plateau_lowers_the_rate_after_epochs_without_a_better_loss():
-    settings = config(lr_schedule="plateau", lr_decay_epochs=1, lr_decay_factor=0.5, warmup_fraction=0.0)
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        (1, [8.0, 8.0, 4.0, 2.0, 1.0, 0.5, 0.5]),
+        (1.5, [8.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0]),
+        (2, [8.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0]),
+        (3, [8.0, 8.0, 8.0, 8.0, 4.0, 4.0, 4.0]),
+    ],
+)
+def test_plateau_lowers_the_rate_after_that_many_epochs_without_a_better_loss(epochs, expected):
+    settings = config(lr_schedule="plateau", lr_decay_epochs=epochs, lr_decay_factor=0.5, warmup_fraction=0.0)
     rate = LearningRate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=8.0), settings)
     seen = []
     for loss in (1.0, 0.9, 0.95, 0.9, 0.92, 0.91, 0.8):
         rate.end_epoch(loss)
         seen.append(rate.set(0.5, 8))
-    assert seen == [8.0, 8.0, 8.0, 4.0, 4.0, 2.0, 2.0]
+    assert seen == expected
     again = LearningRate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), settings)
     again.load_state_dict(rate.state_dict())
-    assert again.set(0.5, 8) == 2.0
+    assert again.set(0.5, 8) == expected[-1]
 
 
 # --- optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.datasets import NAMED, build_data, describe
 from acmds_optimizer.zoo.folders import corrupt_images, read_folder, stratified_split
-from acmds_optimizer.zoo.models import build_model, model_names
+from acmds_optimizer.zoo.models import build_model, check_shape, model_names
 from acmds_optimizer.zoo.names import DATASETS, written_models
 
 
@@ -124,6 +125,43 @@ def test_transformers_are_built_for_the_image_size():
 def test_a_model_that_cannot_take_the_size_says_so_when_built(name, size):
     with pytest.raises(DataError, match=f"{name} cannot take images of {size} px .*another image_size or model"):
         build_model(name, 10, image_size=size)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vit_b_16"])
+def test_a_model_that_takes_the_width_but_not_the_height_says_so_when_built(name):
+    with pytest.raises(DataError, match=f"{name} cannot take images of 64x8 px .*another image_size or model"):
+        build_model(name, 10, image_size=(8, 64))
+
+
+def test_images_that_are_not_square_are_taken_where_both_sides_suffice():
+    assert build_model("small_cnn", 7, image_size=(8, 64))(torch.zeros(2, 3, 8, 64)).shape == (2, 7)
+    with pytest.raises(DataError, match="at least 8 px, not 64x4 px"):
+        build_model("small_cnn", 7, image_size=(4, 64))
+
+
+@pytest.mark.parametrize("size", [(8, 65), (65, 8)])
+def test_the_larger_side_decides_on_the_cifar_stem(size):
+    small: Any = build_model("resnet18", 10, image_size=(8, 64))
+    assert small.conv1.kernel_size == (3, 3)
+    usual: Any = build_model("resnet18", 10, image_size=size)
+    assert usual.conv1.kernel_size == (7, 7)
+    assert usual(torch.zeros(2, 3, *size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18", "timm/resnet18"])
+@pytest.mark.parametrize("shape", [(20,), (28, 28), (3, 4, 32, 32)])
+def test_items_that_are_no_images_are_refused_by_models_for_images(name, shape):
+    with pytest.raises(DataError, match=r"takes images \(C, H, W\)") as refused:
+        check_shape(name, shape)
+    said = str(refused.value)
+    assert said.startswith(f"model {name!r}: ")
+    assert f"shape {shape}" in said
+    assert "package.module:callable" in said
+
+
+def test_a_model_of_ones_own_may_take_items_of_any_shape():
+    check_shape("own_model:build", (20,))
+    check_shape("small_cnn", (1, 8, 8))
 
 
 def test_the_size_check_leaves_the_model_in_training_mode_with_real_weights():
@@ -275,6 +313,24 @@ def test_a_folder_with_train_and_validation_is_taken_as_it_is(tmp_path, validati
     assert data.image_shape == (3, 12, 12)
 
 
+@pytest.mark.parametrize(
+    ("training", "validation"),
+    [("Training", "Testing"), ("Train", "Val"), ("TRAIN", "VAL"), ("training", "validation"), ("train", "Test")],
+)
+def test_the_parts_of_a_folder_are_known_in_any_case_and_as_training_and_testing(tmp_path, training, validation):
+    write_images(tmp_path / training, {"cat": 3, "dog": 4})
+    write_images(tmp_path / validation, {"dog": 2})
+    data = load(tmp_path)
+    assert (len(data.train), len(data.val), data.class_names) == (7, 2, ["cat", "dog"])
+
+
+def test_of_two_spellings_of_a_part_the_small_letters_count(tmp_path):
+    for name, count in (("Train", 5), ("train", 3), ("VAL", 2), ("val", 1)):
+        write_images(tmp_path / name, {"cat": count, "dog": count})
+    data = load(tmp_path)
+    assert (len(data.train), len(data.val)) == (6, 2)
+
+
 def test_class_folders_alone_are_split(tmp_path):
     write_images(tmp_path, {"a": 10, "b": 20})
     data = load(tmp_path, val_fraction=0.2)
@@ -289,6 +345,9 @@ def test_train_without_validation_is_split(tmp_path):
 
 
 def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path / "capitals", {"Bus": 4, "Car": 4, "Train": 4})
+    assert load(tmp_path / "capitals").class_names == ["Bus", "Car", "Train"]
+    shutil.rmtree(tmp_path / "capitals")
     write_images(tmp_path, {"bus": 4, "car": 4, "train": 4})
     assert load(tmp_path).class_names == ["bus", "car", "train"]
     write_images(tmp_path, {"val": 1})

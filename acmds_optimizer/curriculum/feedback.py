@@ -102,7 +102,8 @@ class Feedback:
         Raises:
             ValueError: it belongs to a data set of another size.
         """
-        self.scores.load_state_dict(state["scores"])
+        if "scores" in state:
+            self.scores.load_state_dict(state["scores"])
         if self.gate is not None and "gate" in state:
             self.gate.load_state_dict(state["gate"])
         if callable(load := getattr(self.scoring, "load_state_dict", None)) and "scoring" in state:

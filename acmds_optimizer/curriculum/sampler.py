@@ -88,7 +88,8 @@ class AdaptiveCurriculumSampler(Sampler[list[int]]):
     """A batch sampler whose order follows the curriculum and whose batches follow memory.
 
     Yields lists of indices: of the effective batch with batch_policy hold, of the controller's present size with
-    free. The last list of an epoch may be shorter, and the epoch ends.
+    free. The last list of an epoch may be shorter, and the epoch ends. With a `direction` samples have weights:
+    `plan.weights`, in the order of `plan.order`.
 
     Args:
         dataset: its difficulties order the samples.
@@ -151,7 +152,8 @@ class AdaptiveCurriculumSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         if self.config.batch_policy == "free":
             raise TypeError("with batch_policy free the number of batches is not known ahead; see num_samples")
-        return math.ceil(self.num_samples / self.config.step_samples)
+        begun = self.position if self._resumed else 0
+        return math.ceil((self.num_samples - begun) / self.config.step_samples)
 
     def state_dict(self, trained: int | None = None) -> dict[str, Any]:
         """The plan and the position in it, so that an epoch can be resumed in its middle.

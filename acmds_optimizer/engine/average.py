@@ -27,6 +27,8 @@ class WeightAverage(AveragedModel):
         self._values: list[Tensor] = []
         self._counters: list[Tensor] = []
         self._counts: list[Tensor] = []
+        self._holding: list[dict[str, Tensor | None]] = []
+        self._present: list[Tensor] = []
 
     def update_parameters(self, model: nn.Module, steps: float = 1.0) -> None:
         """Enter the weights of `model`, always the same one; the first time they are copied.
@@ -37,6 +39,11 @@ class WeightAverage(AveragedModel):
         """
         if not self._averages:  # once: to walk through a model takes longer than the kernel that averages it
             self._averages, self._counters = _tensors(self.module)
+            self._holding = [module._buffers for module in model.modules()]
+        buffers = [buffer for holder in self._holding for buffer in holder.values() if buffer is not None]
+        same = len(buffers) == len(self._present) and all(a is b for a, b in zip(buffers, self._present, strict=True))
+        if not self._values or not same:  # a model may put another tensor in the place of a buffer
+            self._present = buffers
             self._values, self._counts = _tensors(model)
         count = int(self.n_averaged)
         share = 1.0 if count == 0 else 1.0 - min(self.decay, (1 + count) / (10 + count)) ** steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import textwrap
 import zipfile
@@ -113,9 +114,7 @@ def load(path: str | Path) -> dict[str, Any]:
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} is damaged")
     except Exception as error:  # noqa: BLE001  # what PyTorch's unpickler raises over a foreign file can be anything
-        # without PyTorch's advice to load it all the same, which would run what is in the file
-        said = (str(error).splitlines() or [type(error).__name__])[0].partition(". In PyTorch 2.6")[0]
-        raise CheckpointError(f"{path}: not a whole checkpoint of this program ({said})") from None
+        raise CheckpointError(f"{path}: not a whole checkpoint of this program ({_first_sentence(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a file of another program, not an ACMDS checkpoint")
     if state.get("version") != VERSION:
@@ -123,6 +122,11 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path}: written by another version (format {state.get('version')}, this one reads {VERSION})"
         )
     return state
+
+
+def _first_sentence(error: Exception) -> str:
+    """Without PyTorch's advice to load the file all the same, which would run what is in it, nor its bold letters."""
+    return re.split(r"\.\s|[\x00-\x1f\x7f-\x9f]", str(error).strip(), maxsplit=1)[0] or type(error).__name__
 
 
 def briefly(error: Exception) -> str:

@@ -24,6 +24,8 @@ from acmds_optimizer.zoo.items import in_memory, is_fixed, length
 logger = logging.getLogger(__name__)
 
 RESIDENT_LIMIT_BYTES = 2 * GIB
+RESIDENT_SHARE = 0.25
+"""Of what training may use of a card, which a data set that stays on it may take."""
 SLOW_DECODE_S = 1.0
 
 
@@ -79,6 +81,13 @@ def make_source(
     level = logging.INFO if took >= SLOW_DECODE_S else logging.DEBUG
     logger.log(level, "decoded %d images of %s in %.1f s; they stay on %s", count, spec.shape, took, device)
     return ResidentSource(images, targets, spec, device, augment, channels_last)
+
+
+def resident_limit(device: torch.device, room_bytes: float) -> int:
+    """Bytes of the largest data set that is to stay on `device`, where training may use `room_bytes` of it."""
+    if device.type != "cuda":  # the card on the CPU holds no images: they lie beside it
+        return RESIDENT_LIMIT_BYTES
+    return int(max(0.0, min(RESIDENT_LIMIT_BYTES, RESIDENT_SHARE * room_bytes)))
 
 
 def input_spec(bundle: DataBundle, config: CurriculumConfig, *, train: bool) -> InputSpec:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from acmds_optimizer.config import GIB, TrainConfig
 from acmds_optimizer.engine import data
 from acmds_optimizer.engine.loss import make_loss
-from acmds_optimizer.engine.prepare import amp_dtype, build_optimizer, checkpoint_activations
+from acmds_optimizer.engine.prepare import amp_dtype, build_optimizer, checkpoint_activations, logits_of
 from acmds_optimizer.errors import DataError
 from acmds_optimizer.memory.device import open_memory
 from acmds_optimizer.memory.undo import create_optimizer_state
@@ -73,7 +73,8 @@ def predict(model: nn.Module, shape: tuple[int, ...], config: TrainConfig, resid
         resident_bytes: of data kept on the device.
 
     Raises:
-        DataError: the model cannot run on fake tensors (it looks at values), or not with such inputs.
+        DataError: the model cannot run on fake tensors (it looks at values), or not with such inputs, or gives
+            something else than one tensor.
     """
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -146,7 +147,7 @@ def _step(
         tracker.track_external(model, optimizer, inputs, targets)
         with _frozen_once_entered(model), tracker, _outputs(model) as layers:
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                logits = model(inputs)
+                logits = logits_of(model, model(inputs))
             losses, _ = loss_fn(logits.float(), targets)
             losses.mean().backward()
             optimizer.step()
@@ -212,13 +213,21 @@ def _outputs(model: nn.Module) -> Iterator[list[tuple[str, str, int, str]]]:
 
 
 def resident_bytes(config: TrainConfig, bundle: DataBundle) -> int:
-    """Bytes of data that stays on the device."""
+    """Bytes of data that stays on the card; on the CPU they lie beside it."""
+    if config.device == "cpu":
+        return 0
+    limit = data.resident_limit(torch.device("cuda"), _usable_bytes(config))
     parts = ((bundle.train, True), (bundle.val, False))
     return sum(
-        data.resident_bytes(part, data.input_spec(bundle, config, train=train))
+        data.resident_bytes(part, data.input_spec(bundle, config, train=train), limit)
         for part, train in parts
         if part is not None
     )
+
+
+def _usable_bytes(config: TrainConfig) -> float:
+    """What training may use of the card."""
+    return ((config.memory_limit_gb or CARD_GB) - config.target_headroom_gb) * GIB
 
 
 def report(prediction: Prediction, shape: tuple[int, ...], config: TrainConfig) -> list[str]:
@@ -227,7 +236,7 @@ def report(prediction: Prediction, shape: tuple[int, ...], config: TrainConfig) 
     lines = [f"{'part':<{width}}  {'type':<22} {'parameters':>12}  output"]
     lines += [f"{name:<{width}}  {kind:<22} {count:>12,}  {output}" for name, kind, count, output in prediction.layers]
     card = config.memory_limit_gb or CARD_GB
-    usable = (card - config.target_headroom_gb) * GIB
+    usable = _usable_bytes(config)
     largest = prediction.largest_batch(usable)
     chosen = max(1, min(config.max_batch_size, largest))
     what = "a 24 GB card" if config.memory_limit_gb is None else "the card"

@@ -80,13 +80,14 @@ def evaluate(
         forward: (model, inputs) -> logits (B, C) float32.
         loss_fn: (logits, targets (B,)) -> losses (B,), unreduced.
         source: the validation set.
-        controller: its batch size is where to begin; its memory is watched.
+        controller: where to begin is its batch size, or the largest it may have where no step was taken yet; its
+            memory is watched.
         ranks: the processes that validate a part each; None: this one alone. The figures are those of all.
 
     Raises:
         OutOfMemoryForGoodError: not even one sample fits.
     """
-    batch = controller.batch_size
+    batch = controller.batch_size if controller.state.peaks.known else controller.limits.buckets[-1]
     while True:
         try:
             with controller.memory.watch(), torch.no_grad():

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.checkpoint import checkpoint
 
@@ -80,6 +80,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         return kinds[config.optimizer]()
 
 
+def logits_of(model: nn.Module, outputs: Any) -> Tensor:
+    """The outputs of the model.
+
+    Raises:
+        DataError: they are something else than one tensor.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise DataError(
+        f"{type(model).__name__} must give one tensor of logits (B, C), but gives a {type(outputs).__name__}: wrap it "
+        "in a module that picks the logits"
+    )
+
+
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """See that steps of this optimizer train this model, and can be undone and repeated in pieces.
 
@@ -87,8 +101,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         DataError: they cannot.
     """
     name, parameters = type(optimizer).__name__, list(model.parameters())
-    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
-        raise DataError("the model has layers without a shape; run one batch through it before its optimizer is made")
+    _check_shapes(parameters)
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(parameter.requires_grad and id(parameter) in stepped for parameter in parameters):
         raise DataError(
@@ -100,8 +113,14 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise DataError(f"{name} evaluates the loss again within its step, which cannot be undone; use AdamW or SGD")
 
 
+def _check_shapes(parameters: list[nn.Parameter]) -> None:
+    if any(isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        raise DataError("the model has layers without a shape; run one batch through it before its optimizer is made")
+
+
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Parameters that decay, and those that do not: of one dimension, or named by timm's `no_weight_decay`."""
+    _check_shapes(list(model.parameters()))
     method: Any = getattr(model, "no_weight_decay", None)
     named = set(method()) if callable(method) else set()
     decayed: list[nn.Parameter] = []
@@ -118,7 +137,8 @@ def checkpoint_activations(model: nn.Module) -> bool:
     """Make backward recompute the activations of a model's blocks instead of keeping them.
 
     timm and Hugging Face models have a method for it. Otherwise the blocks are the elements of every `nn.Sequential`
-    that hold at least two layers with weights. BatchNorm statistics are left alone in the recomputation.
+    that hold at least two layers with weights. Running statistics are left alone in the recomputation. Blocks with a
+    spectral_norm are kept as they are, since their weights would be others then.
 
     Returns:
         Whether anything was found; warns where nothing was.
@@ -136,11 +156,20 @@ def checkpoint_activations(model: nn.Module) -> bool:
     ]
     inner = {id(part) for block in blocks for part in block.modules() if part is not block}
     outermost = [block for block in blocks if id(block) not in inner]
+    changing = [block for block in outermost if any(map(_takes_turns, block.modules()))]
+    if changing:
+        logger.warning("gradient checkpointing: %d blocks have a spectral_norm, so they are kept", len(changing))
+        outermost = [block for block in outermost if block not in changing]
     for block in outermost:
         block.forward = _recomputed(block, block.forward)
     if not outermost:
         logger.warning("gradient checkpointing: %s has no sequence of blocks; training without", type(model).__name__)
     return bool(outermost)
+
+
+def _takes_turns(module: nn.Module) -> bool:
+    """Whether it is spectral_norm, by either of torch's ways, which goes on with its iteration in each pass."""
+    return "SpectralNorm" in {type(each).__name__.lstrip("_") for each in (module, *module._forward_pre_hooks.values())}
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,10 +192,11 @@ def training_modes(model: nn.Module) -> Modes:
     """Which modules are to train: all, but for those in evaluation mode within a model that is not in it itself."""
     if not model.training:
         model.train()
-    return _modes_of(model)
+    return modes_of(model)
 
 
-def _modes_of(model: nn.Module) -> Modes:
+def modes_of(model: nn.Module) -> Modes:
+    """The modes that the modules are in now."""
     return [(module, module.training) for module in model.modules()]
 
 
@@ -180,7 +210,7 @@ def put_into(modes: Modes) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards each module is in the mode that it had."""
-    modes = _modes_of(model)
+    modes = modes_of(model)
     model.eval()
     try:
         yield
@@ -213,7 +243,7 @@ def _warn_of_single_samples() -> None:
 @contextmanager
 def _statistics_untouched(block: nn.Module) -> Iterator[None]:
     # a second forward would enter the same batch into the running statistics twice
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
@@ -222,5 +252,6 @@ def _statistics_untouched(block: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
+            counts = isinstance(norm, nn.modules.batchnorm._BatchNorm)  # InstanceNorm has the number, but not its rise
+            if counts and norm.training and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.sub_(1)

@@ -34,9 +34,9 @@ from acmds_optimizer.engine.trainer import ACMDSTrainer
 from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
 from acmds_optimizer.files import write_json
 from acmds_optimizer.memory.device import open_memory, prefer_expandable_segments, usable_device
-from acmds_optimizer.zoo.datasets import DataBundle, build_data
+from acmds_optimizer.zoo.datasets import DataBundle, build_data, class_count
 from acmds_optimizer.zoo.items import TensorImages
-from acmds_optimizer.zoo.models import build_model, check_name, freeze
+from acmds_optimizer.zoo.models import build_model, check_name, check_shape, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,8 @@ def run_training(
     began = time.monotonic()
     torch.manual_seed(config.seed)
     device = usable_device(config.device)
+    if device.index:  # for whatever names no device; of the first card it would only start CUDA sooner
+        torch.cuda.set_device(device)
     check_name(config.model, pretrained=config.pretrained)
     with contextlib.ExitStack() as starting:
         with ranks.first_goes_ahead():
@@ -103,7 +105,10 @@ def run_training(
     if state is not None:
         trainer.load_state_dict(state)
         if trainer.finished and not trainer.unvalidated and ranks.first:
-            logger.info("the run had ended already, after %d steps; more --epochs, or --max-steps, go on", trainer.step)
+            logger.info(
+                "the run had ended already, after %d steps, by %s; with a larger one it goes on",
+                trainer.step, trainer.ended_by,
+            )  # fmt: skip
     keeps = output_dir is not None and bool(config.checkpoint_every or config.checkpoint_every_steps)
     held = contextlib.ExitStack()
     if output_dir is not None:  # only now: what cannot start leaves no folder behind
@@ -198,8 +203,18 @@ def _train(
     trainer.after_step = after_step
     try:
         trainer.fit(after_epoch)
+    except Exception:
+        if trainer.unvalidated and not trainer.ranks.several:  # its validation failed, but the epoch is trained
+            save()
+        raise
     finally:
         epochs.close()
+    best = trainer.best
+    if best.exhausted and best.value is not None:
+        logger.info(
+            "stopped early: no better %s than %.4f, of epoch %d, in %d epochs (patience_epochs)",
+            best.metric, best.value, best.epoch, best.epochs_since,
+        )  # fmt: skip
     gate = trainer.feedback.gate
     if output_dir is not None and gate is not None and gate.flagged.any():
         write_flagged(output_dir, trainer.dataset.base_dataset, gate, data["class_names"])
@@ -258,7 +273,8 @@ def evaluate_checkpoint(state: dict[str, Any], config: TrainConfig) -> dict[str,
     # the validation set in the place of the training set, which would be decoded for nothing; a file of scores has none
     # of its samples
     with ACMDSTrainer(
-        model, bundle.val, build_optimizer(model, config), dataclasses.replace(config, ema_decay=None, scoring="loss"),
+        model, bundle.val, build_optimizer(model, config),
+        dataclasses.replace(config, ema_decay=None, scoring="loss", augment=False),
         memory=memory, val_dataset=bundle.val, bundle=bundle,
     ) as trainer:  # fmt: skip
         return trainer.evaluate()
@@ -286,8 +302,9 @@ def dry_run(config: TrainConfig) -> list[str]:
     if known is not None and config.image_size is None:
         shape, classes, counts = known
         black = torch.zeros((), dtype=torch.uint8)
-        train, val = (TensorImages(black.expand(count, *shape), np.zeros(count)) for count in counts)
-        bundle = DataBundle(train, val, config.num_classes or classes, None, shape)
+        train, val = (TensorImages(black.expand(count, *shape), np.arange(count) % classes) for count in counts)
+        bundle = DataBundle(train, val, None, None, shape)
+        bundle.num_classes = class_count(bundle, config.num_classes)
     else:
         bundle = build_data(config)
         shape = bundle.image_shape
@@ -299,7 +316,8 @@ def dry_run(config: TrainConfig) -> list[str]:
 def make_model(config: TrainConfig, bundle: DataBundle) -> nn.Module:
     """The model that the configuration names, for this data."""
     assert bundle.num_classes is not None  # build_data always knows it
-    size = bundle.image_shape[-1] if len(bundle.image_shape) == 3 else None
+    check_shape(config.model, bundle.image_shape)
+    size = (bundle.image_shape[1], bundle.image_shape[2]) if len(bundle.image_shape) == 3 else None
     model = build_model(
         config.model,
         bundle.num_classes,

@@ -92,7 +92,11 @@ class LearningRate:
         self.base_lrs += lrs[len(self.base_lrs) :]
 
     def end_epoch(self, loss: float) -> None:
-        """Enter the validation loss of an epoch (the training loss without validation), for `plateau`."""
+        """Enter the validation loss of an epoch (the training loss without validation), for `plateau`.
+
+        The rate drops once as many epochs in a row as `lr_decay_epochs` (rounded up) were not better than the best one,
+        and then after as many again.
+        """
         config = self.config
         if not isinstance(config, TrainConfig) or config.lr_schedule != "plateau":
             return
@@ -100,7 +104,7 @@ class LearningRate:
             self.best_loss, self.epochs_since_best = loss, 0
             return
         self.epochs_since_best += 1
-        if self.epochs_since_best > (config.lr_decay_epochs or config.epochs / 10):
+        if self.epochs_since_best >= (config.lr_decay_epochs or config.epochs / 10):
             self.drops += 1
             self.epochs_since_best = 0
 

@@ -52,6 +52,8 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
             part = state[name]
             if name == "optimizer":  # goes on in the tensors that it is given where they need not be moved
                 part = tree_map(lambda leaf: _own(leaf, trainer.device), part)
+            elif name == "feedback" and state["config"].get("scoring", "loss") != trainer.config.scoring:
+                part = {key: value for key, value in part.items() if key == "gate"}  # other scores mean something else
             getattr(trainer, name).load_state_dict(part)
             if name == "feedback":  # by which the sampler, the next part, plans
                 trainer.sampler.flagged = trainer.feedback.ignored

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from acmds_optimizer.engine.batches import Batch, near_equal
 from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
-from acmds_optimizer.engine.prepare import running_statistics
+from acmds_optimizer.engine.prepare import logits_of, running_statistics
 from acmds_optimizer.errors import DataError, first_line
 from acmds_optimizer.memory.guard import Guard
 from acmds_optimizer.memory.out_of_memory import is_out_of_memory
@@ -148,12 +148,7 @@ class TrainStep:
         model = model or self.model
         run = self._compiled if self.compiles and model is self.model and model.training else model
         with torch.autocast(self.device_type, self.amp_dtype, cache_enabled=cache) if self.amp_dtype else nullcontext():
-            outputs = run(inputs)
-        if not isinstance(outputs, Tensor):
-            raise DataError(
-                f"{type(self.model).__name__} must give one tensor of logits (B, C), but gives a "
-                f"{type(outputs).__name__}: wrap it in a module that picks the logits"
-            )
+            outputs = logits_of(self.model, run(inputs))
         return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 

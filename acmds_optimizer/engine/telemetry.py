@@ -10,7 +10,8 @@ import csv
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,8 @@ import torch
 from acmds_optimizer.config import GIB
 from acmds_optimizer.engine.columns import EVENT_COLUMNS, STEP_COLUMNS
 from acmds_optimizer.engine.scalars import STEP_SCALARS, ScalarLog
-from acmds_optimizer.errors import DivergedError
+from acmds_optimizer.errors import ACMDSError, DivergedError
+from acmds_optimizer.files import replacing
 from acmds_optimizer.memory.device import MemoryReading
 from acmds_optimizer.memory.guard import OutOfMemoryEvent
 from acmds_optimizer.memory.law import Decision
@@ -107,31 +109,50 @@ class CsvLog:
         self._file: IO[str] | None = None
         if path is None:
             return
-        kept: list[dict[str, str]] = []
-        if keep_below_step is not None and path.exists():
-            with path.open(newline="", encoding="utf-8", errors="replace") as old:
-                kept = [row for row in csv.DictReader(old) if _is_whole(row) and int(row["step"]) < keep_below_step]
-        self._file = path.open("w", newline="", encoding="utf-8")
+        if keep_below_step is None or not path.exists():
+            self._file = path.open("w", newline="", encoding="utf-8")
+            self._writer = csv.DictWriter(self._file, self._columns)
+            self._writer.writeheader()
+            return
+        with (
+            replacing(path) as temporary,
+            path.open(newline="", encoding="utf-8", errors="replace") as old,
+            temporary.open("w", newline="", encoding="utf-8") as new,
+        ):
+            writer = csv.writer(new)
+            writer.writerow(self._columns)
+            writer.writerows(
+                _kept(csv.reader(old), self._columns, keep_below_step)
+            )  # one by one: there may be millions
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self._columns)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         if self._file is None:
             return
-        for row in rows:
-            self._writer.writerow({name: _plain(row[name]) for name in self._columns})
-        self._file.flush()
+        try:
+            for row in rows:
+                self._writer.writerow({name: _plain(row[name]) for name in self._columns})
+            self._file.flush()
+        except OSError as error:
+            what = f"{self._file.name}: cannot be written: {error.strerror}. What was written before is not lost"
+            raise ACMDSError(f"{what}; make room, and go on with --resume from the newest checkpoint") from None
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # said where it was written
+                self._file.close()
             self._file = None
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row is as it was written; the last is not where a full disk, a kill or a power cut ended the run."""
-    return None not in row.values() and None not in row and str(row.get("step")).isdecimal()
+def _kept(old: Iterator[list[str]], columns: list[str], below_step: int) -> Iterator[list[str]]:
+    """Rows before a step, in the order of `columns`; without those that a full disk, a kill or a power cut cut off."""
+    header = next(old, [])
+    for row in old:
+        named = dict(zip(header, row, strict=False))
+        step = named.get("step", "")
+        if len(row) == len(header) and step.isdecimal() and int(step) < below_step:
+            yield [named.get(name, "") for name in columns]
 
 
 def _plain(value: Any) -> Any:
@@ -403,7 +424,7 @@ def _to_host(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | Non
         return values, None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(values.device))
     return copy, event
 
 

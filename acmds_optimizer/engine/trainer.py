@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,8 +24,8 @@ from acmds_optimizer.curriculum.resolution import Stages
 from acmds_optimizer.curriculum.sampler import AdaptiveCurriculumSampler
 from acmds_optimizer.engine import checkpoint, probe, snapshot
 from acmds_optimizer.engine.average import WeightAverage
-from acmds_optimizer.engine.batches import Batch, EpochStream
-from acmds_optimizer.engine.data import make_source
+from acmds_optimizer.engine.batches import Batch, DataSource, EpochStream
+from acmds_optimizer.engine.data import make_source, resident_limit
 from acmds_optimizer.engine.distributed import Ranks
 from acmds_optimizer.engine.evaluate import Best, evaluate
 from acmds_optimizer.engine.graphs import wanted_graphs
@@ -33,6 +34,7 @@ from acmds_optimizer.engine.loss import LossFunction, Mixing, make_loss, relabel
 from acmds_optimizer.engine.prepare import (
     check_optimizer,
     checkpoint_activations,
+    modes_of,
     put_into,
     set_up_cuda,
     training_modes,
@@ -45,7 +47,7 @@ from acmds_optimizer.engine.team import Team
 from acmds_optimizer.engine.telemetry import Progress, Recorder, memory_columns
 from acmds_optimizer.errors import OutOfMemoryForGoodError, first_line
 from acmds_optimizer.memory.controller import MemoryPressureController
-from acmds_optimizer.memory.device import MemoryDevice, MemoryReading
+from acmds_optimizer.memory.device import MemoryDevice, MemoryReading, made_current
 from acmds_optimizer.memory.guard import Guard, GuardedResult
 from acmds_optimizer.memory.law import Decision
 from acmds_optimizer.memory.out_of_memory import is_out_of_memory
@@ -54,6 +56,20 @@ from acmds_optimizer.zoo.datasets import DataBundle, describe
 logger = logging.getLogger(__name__)
 
 _NEIGHBOUR_SHARE = 0.03
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _on_its_device(method: Method) -> Method:
+    """With the trainer's device as PyTorch's current one, on whose streams events are recorded and graphs captured."""
+
+    @functools.wraps(method)
+    def run(self: ACMDSTrainer, *args: Any, **kwargs: Any) -> Any:
+        with made_current(self.device):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class ACMDSTrainer:
@@ -107,9 +123,10 @@ class ACMDSTrainer:
         base = dataset.base_dataset if isinstance(dataset, DifficultyAwareDataset) else dataset
         inputs = bundle or describe(base)
         stages = Stages.from_config(self.config, inputs.image_shape)
-        self._set_up_model(model, optimizer, loss_fn, inputs.image_shape)
-        self.growth = GrowingImages(stages, self.train_step, self.ranks) if stages is not None else None
-        self._set_up_data(dataset, val_dataset, bundle, inputs)
+        with made_current(self.device), self._advising():
+            self._set_up_model(model, optimizer, loss_fn, inputs.image_shape)
+            self.growth = GrowingImages(stages, self.train_step, self.ranks) if stages is not None else None
+            self._set_up_data(dataset, val_dataset, bundle, inputs)
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
@@ -127,6 +144,23 @@ class ACMDSTrainer:
         self._last_progress = 0.0
         self._clock = StepClock(self.device)
         self._unagreed_seconds = 0.0
+
+    @contextlib.contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Say what to change where the card has no room for what a training begins with."""
+        try:
+            yield
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            said = first_line(error)
+        budget = self.controller.memory.read().budget_bytes / GIB
+        raise OutOfMemoryForGoodError(
+            f"out of memory before the first step: the model, the optimizer's state and the data that stay on "
+            f"{self.device} do not fit (budget {budget:.3g} GB). Try a smaller model, a larger --memory-limit-gb, or "
+            f"free memory held by other processes. The error was: {said}"
+        )
 
     def _set_up_model(
         self,
@@ -170,17 +204,23 @@ class ACMDSTrainer:
             self.dataset = dataset
         else:
             self.dataset = DifficultyAwareDataset(dataset, alpha=self.config.curriculum_alpha)
-        num_classes = bundle.num_classes if bundle is not None else None
+        num_classes = inputs.num_classes
         self.feedback = Feedback(self.dataset.scores, self.config, self.device, num_classes)
         self.train_step.keep_logits = self.feedback.needs_logits
         self.train_step.num_classes = num_classes
         self.scores = PendingScores(self.feedback, self.ranks, num_classes)
         self.mixing = Mixing(self.config, num_classes, bundle.image_shape if bundle is not None else None)
+        room = self.controller.reading.budget_bytes - self.controller.limits.headroom_bytes
         source = partial(
-            make_source, config=self.config, device=self.device, channels_last=self.train_step.channels_last
-        )
+            make_source, config=self.config, device=self.device, channels_last=self.train_step.channels_last,
+            resident_limit_bytes=resident_limit(self.device, room),
+        )  # fmt: skip
         self.source = source(self.dataset.base_dataset, inputs, train=True)
-        self.val_source = source(val, bundle, train=False) if val is not None else None
+        self.val_source: DataSource | None = None
+        if val is self.dataset.base_dataset and isinstance(self.config, TrainConfig) and not self.config.augment:
+            self.val_source = self.source  # decoded, and kept on the device, once
+        elif val is not None:
+            self.val_source = source(val, bundle, train=False)
         self.total_epochs = self.config.epochs if isinstance(self.config, TrainConfig) else 10
         self.sampler = AdaptiveCurriculumSampler(
             self.dataset, self.controller, self.config, total_epochs=self.total_epochs
@@ -206,7 +246,19 @@ class ACMDSTrainer:
 
     @property
     def finished(self) -> bool:
-        return self.epoch >= self.total_epochs or self.progress >= 1.0 or self.best.exhausted
+        return bool(self.ended_by)
+
+    @property
+    def ended_by(self) -> str:
+        """The setting that has ended the training, or would where it is resumed; empty while there is none."""
+        config = self.config
+        if self.best.exhausted:
+            return f"patience_epochs {self.best.patience}"
+        if isinstance(config, TrainConfig) and config.max_steps and self.step >= config.max_steps:
+            return f"max_steps {config.max_steps}"
+        if isinstance(config, TrainConfig) and config.max_seconds and self.seconds >= config.max_seconds:
+            return f"max_seconds {config.max_seconds:g}"
+        return f"epochs {self.total_epochs}" if self.epoch >= self.total_epochs or self.progress >= 1.0 else ""
 
     @property
     def stopping(self) -> bool:
@@ -223,6 +275,7 @@ class ACMDSTrainer:
 
     # --- training
 
+    @_on_its_device
     def train_epoch(self) -> dict[str, float]:
         """Train on the rest of the present epoch.
 
@@ -236,6 +289,8 @@ class ACMDSTrainer:
         """
         if self.sampler.position == 0:
             self.sampler.set_epoch(self.epoch, self.progress)
+        if self.model.training:  # what was put into evaluation mode since the last epoch stays so
+            self._modes = modes_of(self.model)
         put_into(self._modes)
         self._enter_trained()
         if self.train_step.graphs is not None:
@@ -254,6 +309,7 @@ class ACMDSTrainer:
                     clock = self._count_time(clock)
                     if not self._at_an_end:
                         self.after_step()
+                        clock = time.perf_counter()
                     self._report()
         ended = self._at_an_end
         self.scores.enter(self.epoch)
@@ -578,6 +634,7 @@ class ACMDSTrainer:
         """What is validated and exported: the running average of the weights under `ema_decay`, else the model."""
         return self.average.module if self.average is not None else self.model
 
+    @_on_its_device
     def evaluate(self) -> dict[str, float]:
         """val_loss, val_accuracy and val_top5 of `final_model`, see `engine.evaluate`; empty without validation."""
         if self.val_source is None:
@@ -612,13 +669,19 @@ class ACMDSTrainer:
 
     # --- checkpoints
 
+    @_on_its_device
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to continue, as tensors and plain values. To be called by all processes at once."""
+        """All that a run needs to continue, as tensors and plain values. To be called by all processes at once.
+
+        As in PyTorch's own, the tensors of model and optimizer are the live ones: to keep a state in memory while
+        training goes on, take `copy.deepcopy` of it.
+        """
         self.recorder.flush()
         self.scores.enter(self.epoch)
         self._share_statistics()
         return snapshot.take(self)
 
+    @_on_its_device
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`.
 

@@ -12,7 +12,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,11 @@ class MemoryDevice(ABC):
         """Give back what was set for the process."""
 
 
+def made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within this context a CUDA `device` is PyTorch's current one, to whose streams all goes that names none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class CudaMemory(MemoryDevice):
     """A CUDA card through PyTorch's caching allocator.
 
@@ -131,7 +136,7 @@ class CudaMemory(MemoryDevice):
         torch.cuda.empty_cache()
 
     def watch(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.device)
+        return made_current(self.device)
 
     def close(self) -> None:
         if self._limit_bytes:

@@ -78,7 +78,7 @@ def build_data(config: TrainConfig) -> DataBundle:
     """
     kind = dataset_kind(config.dataset)
     bundle = NAMED[config.dataset](config) if kind == "named" else _LOADERS[kind](config)
-    bundle.num_classes = _class_count(bundle, config.num_classes)
+    bundle.num_classes = class_count(bundle, config.num_classes)
     channels = bundle.image_shape[0]
     if config.augment and config.auto_augment != "none" and not bundle.is_float and channels not in (1, 3):
         raise DataError(f"auto_augment {config.auto_augment}: takes images of 1 or 3 channels, not of {channels}")
@@ -266,8 +266,12 @@ def _say_balance(bundle: DataBundle) -> None:
         )  # fmt: skip
 
 
-def _class_count(bundle: DataBundle, asked: int | None) -> int:
-    """`asked` if it covers all labels, else what the data shows."""
+def class_count(bundle: DataBundle, asked: int | None) -> int:
+    """`asked` if it covers all labels; None: what the data shows.
+
+    Raises:
+        DataError: fewer are asked for than the labels show, or nothing is asked for and nothing shows.
+    """
     labels = [known_targets(part) for part in (bundle.train, bundle.val) if part is not None]
     present = max((int(part.max()) + 1 for part in labels if part is not None), default=0)
     named = len(bundle.class_names or ())

@@ -14,7 +14,10 @@ from acmds_optimizer.errors import DataError
 from acmds_optimizer.zoo.names import LAYOUT, check_folder
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-VALIDATION_NAMES = ("val", "valid", "validation", "test")
+TRAINING_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation", "test", "testing")
+"""Folders around the class folders, in any case; of several the first in this order."""
+
 SPLIT_SEED = 1729
 """Of the split into training and validation samples: one for all configurations, so that trials compare."""
 
@@ -113,9 +116,11 @@ def read_folder(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFil
 
 def _parts(folder: Path, val_fraction: float) -> tuple[ImageFiles, ImageFiles | None]:
     check_folder(folder)
-    train_folder = folder / "train"
-    validation = next((folder / name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
-    if not train_folder.is_dir() or (validation is None and not any(e.is_dir() for e in os.scandir(train_folder))):
+    # sorted, so that of Train/ and train/ the latter is kept
+    below = {name.lower(): folder / name for name in sorted(e.name for e in os.scandir(folder) if e.is_dir())}
+    train_folder = next((below[name] for name in TRAINING_NAMES if name in below), None)
+    validation = next((below[name] for name in VALIDATION_NAMES if name in below), None)
+    if train_folder is None or (validation is None and not any(e.is_dir() for e in os.scandir(train_folder))):
         train_folder = folder  # where a class may be called train, as in CIFAR-100
     elif validation is not None:
         train = scan_classes(train_folder)

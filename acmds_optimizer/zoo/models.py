@@ -47,21 +47,27 @@ def model_names() -> list[str]:
 
 
 def build_model(
-    name: str, num_classes: int, *, in_channels: int = 3, image_size: int | None = None, pretrained: bool = False
+    name: str,
+    num_classes: int,
+    *,
+    in_channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
 ) -> nn.Module:
     """A model with fresh weights (from torch's global random state) that gives (n, num_classes) logits.
 
     torchvision's models are changed in two ways, by the arguments alone. ResNets (resnet*, resnext*, wide_resnet*)
-    for inputs of at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool, since the usual stem
-    would shrink a 32 px image to 8 px before the first block. Where `in_channels` is not 3, the first convolution of
-    any model is replaced by one of that many input channels. With `pretrained` weights only the last layer is new.
+    for inputs whose larger side has at most 64 px get the CIFAR stem: a 3x3 convolution of stride 1 and no max-pool,
+    since the usual stem would shrink a 32 px image to 8 px before the first block. Where `in_channels` is not 3, the
+    first convolution of any model is replaced by one of that many input channels. With `pretrained` weights only the
+    last layer is new.
 
     Args:
         name: one of `model_names()`, `timm/` and a name of timm's, or `package.module:callable`, which is called with
             num_classes=... alone.
         num_classes: size of the output, at least 1.
         in_channels: channels of an input.
-        image_size: height and width of an input in pixels (the larger, if they differ); None: 224.
+        image_size: (height, width) of an input in pixels, or one number for both; None: 224.
         pretrained: start from the weights that torchvision or timm has for it, downloaded once.
 
     Raises:
@@ -69,18 +75,19 @@ def build_model(
             weights that are not there.
     """
     check_name(name, pretrained=pretrained)
+    size = image_size if isinstance(image_size, tuple) else (image_size or 224,) * 2
     if name.startswith("timm/"):
-        model = _timm_model(name, num_classes, in_channels, image_size, pretrained)
-        _check_size(name, model, in_channels, image_size)
+        model = _timm_model(name, num_classes, in_channels, size, pretrained)
+        _check_size(name, model, in_channels, size)
         return model
     if ":" in name:
         return _foreign_model(name, num_classes)
     if name == "small_cnn":
-        if image_size is not None and image_size < 8:
-            raise DataError(f"small_cnn takes images of at least 8 px, not {image_size}")
+        if min(size) < 8:
+            raise DataError(f"small_cnn takes images of at least 8 px, not {_px(size)}")
         return SmallCNN(num_classes, in_channels)
-    model = _torchvision_model(name, num_classes, in_channels, image_size, pretrained)
-    _check_size(name, model, in_channels, image_size)
+    model = _torchvision_model(name, num_classes, in_channels, size, pretrained)
+    _check_size(name, model, in_channels, size)
     return model
 
 
@@ -102,6 +109,20 @@ def check_name(name: str, *, pretrained: bool = False) -> None:
         load_callable(name, "model")
     elif name not in model_names():
         raise unknown_model(name, model_names())
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """See that the model of this name may take items of that shape; what one's own takes is not known.
+
+    Raises:
+        DataError: they are no images (C, H, W), and the model takes nothing else.
+    """
+    own = ":" in name and not name.startswith("timm/")
+    if not own and len(shape) != 3:
+        raise DataError(
+            f"model {name!r}: takes images (C, H, W), but an item of this data set has shape {shape}. A model of your "
+            f"own for such items is given as package.module:callable"
+        )
 
 
 def _timm(name: str) -> Any:
@@ -140,18 +161,18 @@ def freeze(model: nn.Module, what: str | None) -> None:
             parameter.requires_grad_(False)
 
 
-def _timm_model(name: str, num_classes: int, in_channels: int, image_size: int | None, pretrained: bool) -> nn.Module:
+def _timm_model(name: str, num_classes: int, in_channels: int, size: tuple[int, int], pretrained: bool) -> nn.Module:
     timm, theirs = _timm(name), name.removeprefix("timm/")
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels, "pretrained": pretrained}
     try:
         try:
-            return timm.create_model(theirs, img_size=image_size or 224, **options)
+            return timm.create_model(theirs, img_size=size[0] if size[0] == size[1] else size, **options)
         except TypeError:  # only transformers are built for a size
             return timm.create_model(theirs, **options)
     except (OSError, RuntimeError, ValueError) as error:
         if pretrained:
             raise _no_weights(name, error) from error
-        raise _wrong_size(name, image_size, error) from error
+        raise _wrong_size(name, size, error) from error
 
 
 def _no_weights(name: str, error: Exception) -> DataError:
@@ -183,15 +204,15 @@ def _pretrained(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
 
 
 def _torchvision_model(
-    name: str, num_classes: int, in_channels: int, image_size: int | None, pretrained: bool = False
+    name: str, num_classes: int, in_channels: int, size: tuple[int, int], pretrained: bool
 ) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # one output; True is the default, which otherwise warns
-    elif name.startswith("vit_") and image_size:
-        options = {"image_size": image_size}
-    elif name == "maxvit_t" and image_size:
-        options = {"input_size": (image_size, image_size)}
+    elif name.startswith("vit_"):
+        options = {"image_size": max(size)}  # it takes square images only, as the check of the size will say
+    elif name == "maxvit_t":
+        options = {"input_size": size}
     if pretrained:
         if in_channels != 3:
             raise DataError(f"model {name!r}: pretrained weights take 3 channels, but the images have {in_channels}")
@@ -200,9 +221,8 @@ def _torchvision_model(
     try:
         model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     except (ValueError, AssertionError, RuntimeError) as error:  # transformers refuse sizes when they are built
-        raise _wrong_size(name, image_size, error) from error
-    small = image_size is not None and image_size <= SMALL_IMAGE_PX
-    if isinstance(model, torchvision.models.ResNet) and small:
+        raise _wrong_size(name, size, error) from error
+    if isinstance(model, torchvision.models.ResNet) and max(size) <= SMALL_IMAGE_PX:
         model.conv1 = nn.Conv2d(in_channels, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
@@ -227,22 +247,27 @@ def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
     setattr(model.get_submodule(parent), attribute, new)
 
 
-def _check_size(name: str, model: nn.Module, in_channels: int, image_size: int | None) -> None:
+def _check_size(name: str, model: nn.Module, in_channels: int, size: tuple[int, int]) -> None:
     """Run the shapes alone (meta tensors: no memory, no arithmetic) through the model."""
-    size = image_size or 224
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {path: torch.empty_like(tensor, device="meta") for path, tensor in state.items()}
     try:
-        functional_call(model.eval(), shapes, (torch.empty(1, in_channels, size, size, device="meta"),))
+        functional_call(model.eval(), shapes, (torch.empty(1, in_channels, *size, device="meta"),))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise _wrong_size(name, image_size, error) from error
+        raise _wrong_size(name, size, error) from error
     finally:
         model.train()
 
 
-def _wrong_size(name: str, image_size: int | None, error: Exception) -> DataError:
+def _wrong_size(name: str, size: tuple[int, int], error: Exception) -> DataError:
     said = first_line(str(error).strip()) or type(error).__name__
-    return DataError(f"{name} cannot take images of {image_size or 224} px ({said}). Give another image_size or model")
+    return DataError(f"{name} cannot take images of {_px(size)} ({said}). Give another image_size or model")
+
+
+def _px(size: tuple[int, int]) -> str:
+    """(height, width) as one reads it: `32 px`, or width first, `64x8 px`."""
+    height, width = size
+    return f"{width} px" if height == width else f"{width}x{height} px"
 
 
 def _foreign_model(name: str, num_classes: int) -> nn.Module:
