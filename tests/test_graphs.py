@@ -411,9 +411,35 @@ def test_a_size_is_captured_where_the_gpu_waited_for_the_host_in_most_of_its_new
     del graphs._is_due
     graphs._only_if_faster, graphs._used = True, (True,)
     graphs._uses[64] = 100
+    graphs._launches.append(0.01)
     for waited in waits:
         graphs.timed(Timing(64, 0.1, waited=waited))
     assert graphs._is_due(64) is due
+
+
+@pytest.mark.parametrize(
+    ("launches", "due"), [([0.3, 0.041], True), ([0.3, 0.039], False), ([0.001, *[0.041] * 64], True)]
+)
+def test_a_size_is_captured_where_its_steps_take_little_longer_than_their_launch(launches, due):
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    del graphs._is_due
+    graphs._only_if_faster, graphs._used = True, (True,)
+    graphs._uses[64] = 100
+    graphs._launches.extend(launches)
+    for _ in range(5):
+        graphs.timed(Timing(64, 0.1, waited=False))
+    assert graphs._is_due(64) is due
+
+
+def test_launches_of_eager_micro_batches_are_timed():
+    _, step = step_of(True)
+    for number in range(3):
+        train(step, number, 4)
+    assert step.graphs is not None
+    assert len(step.graphs._launches) == 6, "two parts a step"
+    assert min(step.graphs._launches) > 0.0
 
 
 def test_steps_that_wait_to_learn_of_an_overflow_say_nothing_of_launches():
@@ -423,6 +449,7 @@ def test_steps_that_wait_to_learn_of_an_overflow_say_nothing_of_launches():
     del graphs._is_due
     graphs._only_if_faster, graphs._used, graphs._optimizer_eager = True, (True,), False
     graphs._uses[64] = 100
+    graphs._launches.append(0.01)
     step.guard.scaler = cast(Any, object())
     for _ in range(5):
         graphs.timed(Timing(64, 0.1, waited=True))

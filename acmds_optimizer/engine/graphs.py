@@ -9,6 +9,7 @@ out of memory half-way.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _EAGER_FIRST = 4
 _TIMINGS = 5
 _LEAST_EAGER_TIMINGS, _MOST_EAGER_TIMINGS = 3, 16
 """Of the newest eager steps of a size: they say whether a capture is worth a try, and what its graph has to beat."""
+_BUSY, _LAUNCHES = 2.5, 64
+"""Steps that take so many times the shortest of the newest launches are not worth a try, unless the GPU was seen to
+wait: it also waits within a step, where kernels are short."""
 _LEAST_GAIN = 0.02
 """What a graph must gain at a size to be kept there, where nobody asked for graphs; five timings tell so much."""
 _CHANGING = "which parameters it uses changes from step to step"
@@ -89,6 +93,8 @@ class GraphedMicroBatches:
         """Whether nothing eager has left blocks beside the pool, so that all that is reserved is what replays need."""
         self._eager: defaultdict[int, deque[Timing]] = defaultdict(lambda: deque(maxlen=_MOST_EAGER_TIMINGS))
         self._replays: defaultdict[int, list[float]] = defaultdict(list)
+        self._launches: deque[float] = deque(maxlen=_LAUNCHES)
+        """Seconds in which the host launched an eager micro-batch, of whatever size."""
         self._not_faster: set[int] = set()
         self._attributes: list[tuple[str, Any]] | None = None
         """Those of the model when the epoch began."""
@@ -135,7 +141,9 @@ class GraphedMicroBatches:
         self.replayed = captured is not None
         if captured is None:
             self._alone &= not self._graphs
+            began = time.perf_counter()
             losses = self._step.backward(part.inputs, part.targets, part.weights / total, part.soft)
+            self._launches.append(time.perf_counter() - began)
             pairs = zip(self._parameters, self._buffers, strict=False)
             if any(p.grad is not None and buffer is None for p, buffer in pairs):
                 self._turn_off(_CHANGING)
@@ -330,10 +338,16 @@ class GraphedMicroBatches:
 
     def _may_capture(self, size: int) -> bool:
         """Whether micro-batches of this size will be replayed if they are used often enough, by what is known now."""
+        return not self.off_reason and size not in self._not_faster and not self._is_busy(size)
+
+    def _is_busy(self, size: int) -> bool:
+        """Whether the GPU was seen to have enough to do in eager steps of this size."""
         eager = self._eager[size]
+        if not self._only_if_faster or len(eager) < _LEAST_EAGER_TIMINGS:
+            return False
         waited = sum(timing.waited for timing in eager)
-        busy = self._only_if_faster and len(eager) >= _LEAST_EAGER_TIMINGS and 2 * waited <= len(eager)
-        return not self.off_reason and size not in self._not_faster and not busy
+        launch = min(self._launches, default=0.0)
+        return 2 * waited <= len(eager) and median(timing.seconds for timing in eager) > _BUSY * launch
 
     def _is_due(self, size: int) -> bool:
         if not self._may_capture(size) or self._used is None or self._uses[size] <= _EAGER_FIRST:
