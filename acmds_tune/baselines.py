@@ -22,20 +22,33 @@ def halving(settings: Mapping[str, Any], directory: Path, report: Report, should
         started = time.monotonic()
         attempt = directory / f"batch_{batch}"
         held = {**settings, "min_batch_size": batch, "max_batch_size": batch, "max_oom_retries": 1}
-        figures = until_error(held, attempt, report, should_stop, errors)
+        try:
+            figures = until_error(held, attempt, report, should_stop, errors)
+        finally:
+            _add_events(attempt, directory)
         if figures is not None:
             break
         if batch == 1:  # there is no half of it, and the same again might go on for ever
             raise OutOfMemoryForGoodError("no batch runs without an out-of-memory error, not even one of 1 sample")
         errors += 1
         batch //= 2
-    for name in ("steps.csv", "events.csv", "config.json", "environment.json"):
+        report({"step": 0, "seconds": 0.0, "oom_events": errors})  # before its first step, for the neighbour's script
+    for name in ("steps.csv", "config.json", "environment.json"):
         if (attempt / name).exists():
             shutil.copy(attempt / name, directory / name)
     speed = figures.get("samples_per_second")
     if errors and speed:  # the start of the last attempt is no more lost than that of any trial
         figures["samples_per_second"] = figures["samples"] / (figures["samples"] / speed + started - began)
     return {**figures, "oom_events": errors, "oom_recovered": errors}
+
+
+def _add_events(attempt: Path, directory: Path) -> None:
+    """Add what happened in one attempt to the events of the trial, as soon as it is over: the next one may crash."""
+    if not (attempt / "events.csv").exists():
+        return
+    header, _, rows = (attempt / "events.csv").read_bytes().partition(b"\n")
+    with (directory / "events.csv").open("ab") as file:
+        file.write(rows if file.tell() else header + b"\n" + rows)
 
 
 def until_error(

@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import logging
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -63,6 +65,9 @@ GPU_CLEAN_BYTES = 64 * 2**20
 
 GPU_CLEAN_S, GPU_CALM_S = 10.0, 1.0
 """Seconds to wait at most until a GPU is as it was before the trial, or its memory has stopped falling."""
+
+TO_A_WHOLE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that a terminal, `timeout` or a batch system sends to all processes of the search at once."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -127,6 +132,7 @@ class TrialProcess:
         lifeline, self._lifeline = context.Pipe(duplex=False)  # its other end closes when this process ends
         self._process = context.Process(target=_main, args=(task, send, lifeline), name=f"trial-{task.number}")
         with _main_module_hidden():
+            _start_fork_server()
             self._process.start()  # the first one returns when the fork server has imported torch
         self._began = time.monotonic()
         send.close()
@@ -329,9 +335,24 @@ def _main_module_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+def _start_fork_server() -> None:
+    """Start the fork server, where none runs, with the signals blocked that are meant for the search.
+
+    It would itself ignore Ctrl-C, but only once it has imported torch, and SIGTERM never: its death is that of every
+    trial. It ends when the search does. What it forks has the signals blocked as well, until `_main` has its handlers.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # before: its start unblocks the signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, TO_A_WHOLE_GROUP)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:  # a moment later: whoever presses Ctrl-C does not have to wait for torch
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def _main(task: Task, send: Connection, lifeline: Connection) -> None:
     """What the trial's process does."""
-    send.send(("alive", None))
+    with contextlib.suppress(BrokenPipeError):  # the search has given it up already, and the lifeline ends it
+        send.send(("alive", None))
     os.setsid()  # a group of its own: Ctrl-C goes to the search only, and its workers can be ended with it
     _die_with_parent(lifeline)
     stop_asked = False
@@ -342,6 +363,7 @@ def _main(task: Task, send: Connection, lifeline: Connection) -> None:
 
     signal.signal(signal.SIGTERM, ask_to_stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TO_A_WHOLE_GROUP)
     directory = Path(task.directory)
     directory.mkdir(parents=True, exist_ok=True)
     _log_to(directory / "log.txt")

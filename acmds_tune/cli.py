@@ -217,14 +217,24 @@ def _search(arguments: argparse.Namespace) -> int:
     fixed = dict(_pair(text) for text in arguments.set)
     overrides = {"name": arguments.name, "trials": arguments.trials}
     elsewhere = arguments.ray_address is not None
-    space = load(arguments.file, overrides=overrides, fixed=fixed, resumed=arguments.resume, elsewhere=elsewhere)
+
+    def checked(resumed: bool) -> Space:
+        return load(arguments.file, overrides=overrides, fixed=fixed, resumed=resumed, elsewhere=elsewhere)
+
+    space = checked(arguments.resume)
     directory = arguments.results_dir / space.name
+    if arguments.resume and not _has_begun(directory):  # only the file knows which folder it is
+        space = checked(False)
     yaml_text = arguments.file.read_text(encoding="utf-8")
     return _run(arguments, space, directory, yaml_text, fixed, resume=arguments.resume)
 
 
+def _has_begun(directory: Path) -> bool:
+    return directory.exists() and not is_unbegun(directory)
+
+
 def _resume(arguments: argparse.Namespace) -> int:
-    return _go_on(arguments, lambda before: before if arguments.trials is None else arguments.trials)
+    return _go_on(arguments, lambda asked, _: asked if arguments.trials is None else arguments.trials)
 
 
 def _extend(arguments: argparse.Namespace) -> int:
@@ -232,7 +242,8 @@ def _extend(arguments: argparse.Namespace) -> int:
     if not text.removeprefix("+").isdecimal() or int(text) == 0:
         raise ConfigError("command line", [f"--trials {text}: write +20 for 20 more, or 50 for 50 in all"])
 
-    def wanted(before: int) -> int:
+    def wanted(asked: int, had: int) -> int:
+        before = max(asked, had)  # fewer may have been asked for since
         if not text.startswith("+") and int(text) <= before:
             raise ConfigError("command line", [f"--trials {text}: the study has {before} already; write +{text}?"])
         return before + int(text) if text.startswith("+") else int(text)
@@ -240,12 +251,16 @@ def _extend(arguments: argparse.Namespace) -> int:
     return _go_on(arguments, wanted)
 
 
-def _go_on(arguments: argparse.Namespace, trials: Callable[[int], int]) -> int:
-    """Resume a study; `trials` makes the number that it is to have from the one that it was to have."""
-    from acmds_tune.storage import read_about  # imports Optuna
+def _go_on(arguments: argparse.Namespace, trials: Callable[[int, int], int]) -> int:
+    """Resume a study; `trials` makes the number that it is to have from the one that it was to have and has now."""
+    from acmds_tune.report import record
+    from acmds_tune.storage import about_of, open_study  # imports Optuna
 
-    about = read_about(arguments.directory)
-    space = load_again(arguments.directory, about, trials(about["space"]["trials"]))
+    opened = open_study(arguments.directory)
+    about, study = about_of(opened, arguments.directory), record(opened, arguments.directory)
+    stage = "train" if study.of_stages(("screen",)) else "search"  # what `trials` counts
+    had = sum(row.status != "running" and not row.interrupted for row in study.of_stages((stage,)))
+    space = load_again(arguments.directory, about, trials(about["space"]["trials"], had))
     text = (arguments.directory / "study.yaml").read_text(encoding="utf-8")
     return _run(arguments, space, arguments.directory, text, about["set"], resume=True)
 
@@ -261,8 +276,7 @@ def _run(
 ) -> int:
     if arguments.backend == "local" and arguments.ray_address:
         raise ConfigError("command line", ["--ray-address: does not go with --backend local"])
-    if resume and (not directory.exists() or is_unbegun(directory)):
-        resume = False
+    resume = resume and _has_begun(directory)
     if not resume:  # before Optuna and Ray are even imported
         make_room(directory)
     from acmds_tune.search import run_search

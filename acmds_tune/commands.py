@@ -10,7 +10,7 @@ from typing import Any
 
 from acmds_optimizer.errors import ACMDSError, ConfigError
 from acmds_tune.journal import JOURNAL, is_held
-from acmds_tune.records import StudyRecord, TrialRecord, busy_share, choose_best, confirmations, why_no_best
+from acmds_tune.records import StudyRecord, TrialRecord, busy_share, choose_best, confirmations, remarks, why_no_best
 from acmds_tune.report_figures import number
 
 
@@ -97,6 +97,8 @@ def _print_best(study: StudyRecord) -> None:
             continue
         for objective, mean in zip(study.objectives, found.means or (), strict=False):
             print(f"  {label}: {objective.name} {number(mean)} (mean of {len(found.trials)})")
+    for remark in remarks(study):
+        print(f"  {remark}")
 
 
 def summary(study: StudyRecord, trial: TrialRecord) -> str:
@@ -160,10 +162,15 @@ def dashboard(directory: Path, port: int) -> int:
         raise ConfigError(str(directory), [f"is not the folder of a study: it has no {JOURNAL}"])
     if importlib.util.find_spec("optuna_dashboard") is None:
         raise ACMDSError("the dashboard is not installed: pip install optuna-dashboard")
+    if not 0 < port < 2**16:
+        raise ConfigError("command line", [f"--port {port}: write a number from 1 to 65535"])
     from acmds_tune.storage import serve_dashboard
 
     print(f"http://127.0.0.1:{port}/", flush=True)
-    serve_dashboard(directory, port)
+    try:
+        serve_dashboard(directory, port)
+    except OSError as error:
+        raise ACMDSError(f"port {port}: {error.strerror}; give another one with --port") from None
     return 0
 
 

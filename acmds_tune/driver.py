@@ -17,7 +17,7 @@ from acmds_tune.child import Task, request_stop
 from acmds_tune.objective import Ended
 from acmds_tune.report import write_data
 from acmds_tune.space import Space
-from acmds_tune.stages import Wait, planned_after
+from acmds_tune.stages import Extra, Sample, Wait, planned_after
 
 if TYPE_CHECKING:
     from acmds_tune.progress import Display
@@ -39,6 +39,7 @@ WRITING = 0.1
 @dataclass
 class _Running:
     started: float
+    stage: str
     stop_reason: str = ""
 
 
@@ -72,7 +73,9 @@ class Driver:
         self._objective = objective
         self._display = display
         self._running: dict[int, _Running] = {}
-        self._durations: list[float] = []
+        self._short_s: list[float] = []
+        self._full_s: list[float] = []
+        """How long trials took: those with a share of the budget, and those with the whole of it."""
         self._unwritten = False
         """A trial has ended that is not in the tables yet."""
         self._write_next = 0.0
@@ -95,13 +98,24 @@ class Driver:
         if self.study.missing == 0:
             return True
         now = time.monotonic()
-        expected = statistics.median(self._durations) if self._durations else 0.0
-        after = expected * (1 + planned_after(self.space)) / self.sharers
+        one_more = self._expected_s("screen" if self.space.screen.trials else "search")
+        after = (one_more + planned_after(self.space) * self._expected_s("train")) / self.sharers
         if not self.study.enough and now + after > self._deadline and now > self._half_time:
             self.study.enough = True  # what comes after the search still has its time, but at most half of it all
-        if now + expected > self._deadline or (self.study.enough and self.study.next_step() is None):
+        step = self.study.next_step()
+        expected = self._expected_s(step.stage) if isinstance(step, Sample | Extra) else 0.0
+        if now + expected > self._deadline or (self.study.enough and step is None):
             self.ending = OUT_OF_TIME
         return bool(self.ending)
+
+    def _expected_s(self, stage: str) -> float:
+        """How long a trial of this stage will take by those before it; 0 while nothing is known."""
+        short, full = (statistics.median(each) if each else 0.0 for each in (self._short_s, self._full_s))
+        return short if self._is_short(stage) else full or short / self.space.screen.share
+
+    def _is_short(self, stage: str) -> bool:
+        """Trials of this stage have a share of the budget only; anchors are like the trials that they stand among."""
+        return stage == "screen" or (stage == "anchor" and self.space.screen.trials > 0)
 
     @property
     def idle(self) -> bool:
@@ -114,9 +128,10 @@ class Driver:
             self._write()  # while the next trial starts: Ray asks at once for one more
             return None
         proposal = self.study.propose()
-        self._running[proposal.number] = _Running(time.monotonic())
+        self._running[proposal.number] = _Running(time.monotonic(), proposal.stage)
         what = proposal.label if proposal.stage == "search" else f"{proposal.stage} {proposal.label}".strip()
-        self._display.started(proposal.number, proposal.values, what)
+        most = proposal.settings.get("max_seconds")
+        self._display.started(proposal.number, proposal.values, what, max_seconds=most)
         return Task(
             number=proposal.number,
             seed=proposal.seed,
@@ -164,9 +179,13 @@ class Driver:
         if not ended.seconds:
             ended = replace(ended, seconds=time.monotonic() - running.started)
         interrupted = ended.status == "stopped" and ended.reason in (INTERRUPTED, OUT_OF_TIME)
+        # a batch system sends its signal to all processes: a trial may end itself, or die, before it is asked to stop
+        interrupted |= self.stopping and ended.status in ("stopped", "crashed") and ended.reason != PRUNED
         status = self.study.finish(number, ended, interrupted=interrupted)
         if not interrupted:
-            self._durations.append(time.monotonic() - running.started)
+            if running.stage != "plant":  # that is as long as it needs to be
+                durations = self._short_s if self._is_short(running.stage) else self._full_s
+                durations.append(time.monotonic() - running.started)
             self._give_up_if_all_fail(status, ended.reason)
         self._display.ended(number, status, replace(ended, reason=self.study.reason(number)))
         self._unwritten = True

@@ -53,17 +53,18 @@ class Holder:
             self._ballast.append(piece)
 
     def take(self, wanted_bytes: int) -> None:
-        """From now on try to hold so many bytes; `poll` does it."""
+        """From now on try to hold so many bytes: give back what is more, and let `poll` take what is missing."""
+        import torch
+
         self.wanted_bytes = wanted_bytes
+        while self.held_bytes > wanted_bytes:
+            self._pieces.pop()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def free(self) -> None:
         """Give all but the ballast back."""
-        import torch
-
-        self.wanted_bytes = 0
-        self._pieces.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.take(0)
 
     def poll(self) -> bool:
         """Take what is wanted and free; whether anything was taken."""
@@ -137,6 +138,9 @@ class Script:
 
     def __init__(self, steps: Sequence[tuple[float, float]], settings: Mapping[str, Any]) -> None:
         self._steps = list(steps)
+        self._due = 0
+        """Steps of the script that are carried out."""
+        self._reached: dict[str, float] = {}
         self._orders: Connection | None = None
         device = str(settings.get("device", "cuda"))
         self._seconds = settings.get("max_seconds")
@@ -154,11 +158,17 @@ class Script:
             self._orders.recv()
 
     def follow(self, progress: Mapping[str, Any]) -> None:
-        """The trial is so far."""
-        share = share_done(progress, self._seconds)
-        while self._steps and share >= self._steps[0][0]:
-            _, gb = self._steps.pop(0)
-            self._hold(int(gb * GIB))
+        """The trial is so far. Where it has begun anew, as the halving baseline does, so does the script."""
+        # not its share: that of a run whose batches grow can fall a little, with the steps that are expected
+        reached = {name: float(progress[name]) for name in ("step", "seconds") if progress.get(name) is not None}
+        anew = any(value < self._reached.get(name, 0.0) for name, value in reached.items())
+        self._reached.update(reached)
+        share, due = share_done(progress, self._seconds), 0 if anew else self._due
+        while due < len(self._steps) and share >= self._steps[due][0]:
+            due += 1
+        if due != self._due or self._orders is None:  # on the CPU each time: an attempt has a card of its own
+            self._due = due
+            self._hold(int(self._steps[due - 1][1] * GIB) if due else 0)
 
     def _hold(self, size: int) -> None:
         if self._orders is not None:

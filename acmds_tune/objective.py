@@ -78,6 +78,8 @@ def run(settings: Mapping[str, Any], directory: Path, report: Report, should_sto
 def figures_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `values` that trials.csv has a column for and that were measured (no None, no NaN)."""
     names = [column.name for column in FIGURES]
+    if values.get("steps") == 0 and not values.get("samples_per_second"):  # nobody can be so slow
+        names.remove("samples_per_second")
     return {name: values[name] for name in names if name in values and _is_measured(values[name])}
 
 

@@ -49,6 +49,7 @@ class _Row:
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
     share: float = 0.0
+    max_seconds: float | None = None
 
     @property
     def said(self) -> str:
@@ -93,15 +94,24 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    def started(self, number: int, values: Mapping[str, Any], what: str = "") -> None:
-        """Trial `number` begins with the searched `values`; `what` says why, where the sampler did not propose it."""
-        self._rows[number] = _Row(number, values, what)
+    def started(
+        self, number: int, values: Mapping[str, Any], what: str = "", *, max_seconds: float | None = None
+    ) -> None:
+        """Trial `number` begins with the searched `values`.
+
+        Args:
+            number: of the trial.
+            values: what the sampler proposed, or what is repeated.
+            what: why it is run, where the sampler did not propose it.
+            max_seconds: that it trains at most; None: its steps end it.
+        """
+        self._rows[number] = _Row(number, values, what, max_seconds=max_seconds)
 
     def progressed(self, number: int, progress: Mapping[str, Any]) -> None:
         """Trial `number` says how far it is."""
         row = self._rows[number]
         row.figures.update({key: value for key, value in progress.items() if value is not None})
-        row.share = share_done(progress)
+        row.share = share_done(progress, row.max_seconds)
 
     def ended(self, number: int, status: str, ended: Ended) -> None:
         """Trial `number` is over."""

@@ -20,6 +20,12 @@ MEMORY_FIGURES = ("oom_", "alloc_retries", "peak_reserved_gb", "headroom_")
 DEFAULT = "default"
 """Label of trials with the trainer's default settings, moved into the space."""
 
+FIXED = "fixed batch"
+"""Beginning of the labels of trials that held one micro-batch, and the name of that baseline."""
+
+SPEEDS = ("samples_per_second", "seconds", "training_seconds", "gpu_busy_fraction")
+"""Figures that other trials on the same device change."""
+
 CANDIDATES = ("search", "train")
 """Stages whose trials can be the best: proposed by the sampler and run with the whole budget."""
 
@@ -89,6 +95,9 @@ class StudyRecord:
     yaml: str = ""
     confirm_seeds: int | None = None
     """Runs on other seeds that are asked for now; None where not known."""
+
+    sharers: int = 1
+    """Trials that may be at once on one device, as asked for now."""
 
     @property
     def candidates(self) -> list[TrialRecord]:
@@ -172,6 +181,25 @@ def against_baselines(study: StudyRecord) -> dict[str, float]:
         for label, found in again.items()
         if not label.startswith("trial ") and found.means is not None and found.means[0]
     }
+
+
+def remarks(study: StudyRecord) -> list[str]:
+    """What has to be known beside a comparison with the baselines, as sentences."""
+    found = []
+    fixed = [row for row in study.of_stages(("baseline",)) if row.label.startswith(f"{FIXED} ")]
+    ended = [row for row in fixed if row.status != "running" and not row.interrupted]
+    if ended and not any(row.feasible for row in ended):
+        sizes = dict.fromkeys(row.label.removeprefix(f"{FIXED} ") for row in (ended[0], ended[-1]))
+        found.append(
+            f"No fixed batch that was tried ({' to '.join(sizes)}) was feasible, so there is none to compare with."
+        )
+    compared = any(not row.label.startswith("trial ") for row in study.of_stages(("baseline", "confirm")))
+    if study.sharers > 1 and compared and any(objective.name in SPEEDS for objective in study.objectives):
+        found.append(
+            f"Up to {study.sharers} trials at once share a device and slow each other down. Baselines may have had "
+            "fewer beside them, and look faster for it; one trial at a time compares fairly."
+        )
+    return found
 
 
 LONGEST_GAP_S = 60.0
@@ -285,11 +313,16 @@ def _nearest_to_ideal(study: StudyRecord, trials: Sequence[TrialRecord]) -> Tria
 
 def rule_of_choice(study: StudyRecord) -> str:
     """The rule of `choose_best` in words, for this study."""
-    first = study.objectives[0]
+    first, again = study.objectives[0], confirmations(study)
+    sure = any((found := again.get(f"trial {trial.number}")) is not None and found.feasible for trial in study.feasible)
+    who, mean, of_means = "the feasible trial", "", ""
+    if sure:
+        who = "of the trials that were run again and were feasible with every seed, the one"
+        mean, of_means = "mean ", "the means of "
     if len(study.objectives) == 1:
-        return f"the feasible trial with the {'highest' if first.direction == 'maximize' else 'lowest'} {first.name}"
+        return f"{who} with the {'highest' if first.direction == 'maximize' else 'lowest'} {mean}{first.name}"
     names = ", ".join(objective.name for objective in study.objectives)
-    return f"the feasible trial on the Pareto front of {names} that is nearest to the best value of each"
+    return f"{who} on the Pareto front of {of_means}{names} that is nearest to the best value of each"
 
 
 def why_no_best(study: StudyRecord) -> str:
@@ -297,11 +330,17 @@ def why_no_best(study: StudyRecord) -> str:
     if not study.trials:
         return "No trial was started."
     trials = study.candidates
+    if not trials:  # the plant's short runs are no trials of the search
+        return "No trial of the search was started."
     counts = Counter(trial.status for trial in trials)
     ended = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     if study.feasible:
         return "No trial was feasible again with every seed of its confirmation; see the rows of stage confirm."
     lines = [f"None of {len(trials)} trials is feasible: {ended}."]
+    for name in (objective.name for objective in study.objectives):
+        without = sum(trial.status in DONE and trial.figures.get(name, 0.0) is None for trial in trials)
+        if without:
+            lines.append(f"{without} {'has' if without == 1 else 'have'} no {name}.")
     for position, constraint in enumerate(study.constraints):
         broken = sum(
             len(trial.violations) > position and trial.violations[position] > 0

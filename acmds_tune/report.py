@@ -36,8 +36,10 @@ from acmds_tune.records import (
     choose_best,
     confirmations,
     front_of,
+    remarks,
     why_no_best,
 )
+from acmds_tune.space import Space
 from acmds_tune.stages import SAMPLED
 
 if TYPE_CHECKING:
@@ -160,7 +162,14 @@ def record(study: optuna.Study, study_dir: Path) -> StudyRecord:
         created=about.get("created", ""),
         yaml=about.get("yaml", ""),
         confirm_seeds=about.get("space", {}).get("confirm", {}).get("seeds"),
+        sharers=_sharers(about.get("space", {})),
     )
+
+
+def _sharers(asked: Mapping[str, Any]) -> int:
+    """Trials that may be at once on one device; of the space only what says so, which early studies have as well."""
+    parts = {"fixed": asked.get("fixed", {}), "resources": asked.get("resources", {})}
+    return Space.model_validate(parts).sharers
 
 
 def _trial(trial: optuna.trial.FrozenTrial, study_dir: Path) -> TrialRecord:
@@ -340,10 +349,12 @@ def _write_html(study_dir: Path, whole: optuna.Study, study: StudyRecord) -> Pat
 
 
 def write_all(study_dir: str | Path) -> TrialRecord | None:
-    """Write the tables, best.json and report.html; return the best trial, or None."""
+    """Write the tables, best.json and report.html; return the best trial, or None. Warn of what has to be known."""
     whole, study = _read(study_dir)
     write_tables(study_dir, study)
     best = write_best(study_dir, study)
+    for remark in remarks(study):
+        logger.warning(remark)
     _write_html(Path(study_dir), whole, study)
     return best
 

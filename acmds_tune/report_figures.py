@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from acmds_tune.records import Objective, StudyRecord, TrialRecord, confirmations, pareto_front
+from acmds_tune.records import FIXED, Objective, StudyRecord, TrialRecord, confirmations, pareto_front
+from acmds_tune.stages import best_fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,8 +193,14 @@ def pareto(study: StudyRecord, marked: Marked) -> Figure | None:
     }
 
 
-def history(study: StudyRecord, marked: Marked) -> Figure | None:
-    """The first objective over the trials, with the best feasible value so far; None where no trial has a value."""
+def history(study: StudyRecord, marked: Marked, lines: Mapping[str, float] | None = None) -> Figure | None:
+    """The first objective over the trials, with the best feasible value so far; None where no trial has a value.
+
+    Args:
+        study: whose trials are drawn.
+        marked: trials with a ring.
+        lines: baselines to compare with, as `baseline_values` has them of the whole study; None: of `study`.
+    """
     objective = study.objectives[0]
     points = {}
     for trial in study.trials:
@@ -208,7 +215,8 @@ def history(study: StudyRecord, marked: Marked) -> Figure | None:
         value = trial.values[0] if trial.values else math.nan
         if not so_far or objective.cost(value) < objective.cost(so_far[-1][1]):
             so_far.append((trial.number, value))
-    data = [*baseline_lines(study), *scatter(study, marked, points)]
+    lines = baseline_values(study) if lines is None else lines
+    data = [*baseline_lines(lines, last), *scatter(study, marked, points)]
     if so_far:
         steps = [*so_far, (last, so_far[-1][1])]
         line = {"color": PALE, "width": 2, "shape": "hv"}
@@ -217,14 +225,22 @@ def history(study: StudyRecord, marked: Marked) -> Figure | None:
     return {"data": data, "layout": layout(xaxis=x_axis, yaxis=axis(label(objective.name)))}
 
 
-def baseline_lines(study: StudyRecord) -> list[Figure]:
-    """A dashed line over all trials for each baseline: its mean over the seeds where it was confirmed, else its run."""
+def baseline_values(study: StudyRecord) -> dict[str, float]:
+    """The first objective of each baseline: its mean over the seeds where it was confirmed, else its run.
+
+    Of the fixed batches that is the best one.
+    """
     again = confirmations(study)
     values = {label: found.means[0] for label, found in again.items() if found.means and not label.startswith("trial ")}
+    fixed = None if any(label.startswith(FIXED) for label in values) else best_fixed(study)
     for trial in study.of_stages(("baseline",)):
-        if trial.feasible and trial.values and not any(label.startswith("fixed") for label in values):
+        if trial.feasible and trial.values and (trial is fixed or not trial.label.startswith(FIXED)):
             values.setdefault(trial.label, trial.values[0])
-    last = study.trials[-1].number if study.trials else 0
+    return values
+
+
+def baseline_lines(values: Mapping[str, float], last: int) -> list[Figure]:
+    """A dashed line for each baseline of `baseline_values`, over the trials 0 to `last`."""
     return [
         trace(
             "lines",
@@ -267,11 +283,11 @@ def slices(study: StudyRecord, shares: Mapping[str, float]) -> tuple[Figure | No
         number_ = "" if position == 0 else str(position + 1)
         left, height = across / columns, 1 / lines
         top = 1 - down * height
-        values = [row.config.get(name) for row in rows]
+        values: list[Any] = [row.config.get(name) for row in rows]
         plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        positive = plain and min(values) > 0 and max(values) / min(values) >= 50  # type: ignore[type-var,operator]
+        positive = plain and min(values) > 0 and max(values) / min(values) >= 50
         few = {"nticks": 4, "tickangle": 0}  # numbers that lie flat do not run into the name below them
-        kind = {"type": "log"} if positive else few if plain else {"type": "category"}
+        kind = log_axis(min(values), max(values)) if positive else few if plain else {"type": "category"}
         domains = {"domain": [left + 0.03 * bool(across), left + 1 / columns - 0.03]}
         axes[f"xaxis{number_}"] = axis(name, anchor=f"y{number_}", **domains, **kind)
         axes[f"yaxis{number_}"] = axis(
@@ -295,6 +311,23 @@ def slices(study: StudyRecord, shares: Mapping[str, float]) -> tuple[Figure | No
                 )
             )
     return {"data": data, "layout": layout(110 + 210 * lines, **axes)}, left_out
+
+
+def log_axis(low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis from `low` to `high`, 50 times as much or more, that is legible on the width of a slice.
+
+    Plotly's own marks are there digits without their power of ten, or numbers over each other. Here it is at most four
+    powers of ten; where there is one only, the threes beside it.
+    """
+    span = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    tens = [(1, power) for power in span if low <= float(f"1e{power}") <= high]
+    threes = [(3, power) for power in span if low <= float(f"3e{power}") <= high]
+    marks = tens[:: math.ceil(len(tens) / 4)] if len(tens) > 1 else threes
+    values = [float(f"{digit}e{power}") for digit, power in marks]
+    texts = [number(value) for value in values]
+    if any(len(each) > len("0.001") or "e" in each for each in texts):
+        texts = [f"{'3×' if digit == 3 else ''}10<sup>{power}</sup>" for digit, power in marks]
+    return {"type": "log", "tickvals": values, "ticktext": texts, "tickangle": 0}
 
 
 def setting_text(value: Any) -> str:

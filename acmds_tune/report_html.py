@@ -50,7 +50,11 @@ def page(
             words.best_settings(study, best, "/".join(study_dir.resolve().parts[-2:])) if best else "",
             words.confirmation(study, best),
             comparisons(
-                replace(study, trials=[*study.candidates, *study.of_stages(("baseline",))]), marked, shares, plots
+                replace(study, trials=[*study.candidates, *study.of_stages(("baseline",))]),
+                marked,
+                shares,
+                plots,
+                figures.baseline_values(study),
             ),
             responses(study, study_dir, plots),
             words.all_trials(study, best),
@@ -103,8 +107,9 @@ def comparisons(
     marked: figures.Marked,
     shares: Mapping[str, Mapping[str, float]],
     into: dict[str, Any],
+    lines: Mapping[str, float],
 ) -> str:
-    """The plots of all trials."""
+    """The plots of all trials; `lines` are the baselines of the whole study, confirmations included."""
     unmeasured = sum(t.status != "running" and t.figures.get("samples_per_second") is None for t in study.trials)
     missing = f" Not drawn: {unmeasured} that ended before throughput was measured." if unmeasured else ""
     done = sum(trial.status in DONE for trial in study.trials)
@@ -135,7 +140,7 @@ def comparisons(
             "history",
             "Optimisation history",
             "The line is the best feasible trial so far; flat for long: more trials will hardly help.",
-            figures.history(study, marked),
+            figures.history(study, marked, lines),
             nothing,
             into,
         ),

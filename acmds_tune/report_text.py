@@ -13,7 +13,16 @@ from acmds_optimizer.config import TrainConfig, to_dict
 from acmds_tune.columns import FIGURES, STATUSES
 from acmds_tune.plant import agreement
 from acmds_tune.prescreen import comparable, misled
-from acmds_tune.records import DEFAULT, DONE, StudyRecord, TrialRecord, busy_share, confirmations, rule_of_choice
+from acmds_tune.records import (
+    DEFAULT,
+    DONE,
+    StudyRecord,
+    TrialRecord,
+    busy_share,
+    confirmations,
+    remarks,
+    rule_of_choice,
+)
 from acmds_tune.report_figures import number
 from acmds_tune.stages import SAMPLED
 
@@ -98,7 +107,8 @@ def confirmation(study: StudyRecord, best: TrialRecord | None) -> str:
         value = trial.figures.get(objective.name)
         cells = (1, number(value), "–", "–", "yes" if trial.feasible else "no")
         rows.append(f"<tr><td>{text(trial.label)}" + "".join(f"<td class=n>{text(cell)}" for cell in cells))
-    drift = anchor_drift(study) + plant_words(study)
+    notes = "".join(f"<p class=note>{text(remark)}</p>" for remark in remarks(study))
+    drift = notes + anchor_drift(study) + plant_words(study)
     if not rows and not drift:
         return ""
     heads = (
@@ -150,13 +160,23 @@ def plant_words(study: StudyRecord) -> str:
 def anchor_drift(study: StudyRecord) -> str:
     """What the same settings measured over the study."""
     objective = study.objectives[0].name
-    first = next((row for row in study.of_stages(SAMPLED) if row.label == DEFAULT and row.status in DONE), None)
+    runs = [row for row in study.of_stages((*SAMPLED, "train")) if row.label == DEFAULT and row.status in DONE]
+    before = [row for row in runs if row.figures.get(objective)]
     anchors = [trial for trial in study.of_stages(("anchor",)) if trial.figures.get(objective) is not None]
-    before = first.figures.get(objective) if first else None
     if not anchors or not before:
         return ""
-    shown = ", ".join(f"{100 * ((trial.figures[objective] or 0.0) / before - 1):+.1f} %" for trial in anchors)
-    return f"<p class=note>Drift: the default settings, run again, measured {text(shown)} against their first run.</p>"
+    shown = []
+    for trial in anchors:  # in full or short: studies from before had both among short trials
+        first = min(before, key=lambda row: _times_as_long(row, trial))
+        shown.append(f"{100 * ((trial.figures[objective] or 0.0) / (first.figures[objective] or 1.0) - 1):+.1f} %")
+    said = text(", ".join(shown))
+    return f"<p class=note>Drift: the default settings, run again, measured {said} against their first run.</p>"
+
+
+def _times_as_long(one: TrialRecord, other: TrialRecord) -> float:
+    """How many times as many samples the longer of two trials was trained on; 1 where that is not known."""
+    a, b = one.figures.get("samples"), other.figures.get("samples")
+    return max(a / b, b / a) if a and b else 1.0
 
 
 def flat(environment: Mapping[str, Any]) -> dict[str, str]:
@@ -277,6 +297,11 @@ def setting(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else number(value)
 
 
+def what(trial: TrialRecord) -> str:
+    """Why a trial was run, in a word or two; empty for most of those of the search."""
+    return trial.label if trial.stage == "search" else f"{trial.stage} {trial.label}".strip()
+
+
 def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
     """The table of all trials, sortable."""
     names = ["samples_per_second", "oom_events", "peak_reserved_gb", "headroom_min_gb", "headroom_breach_fraction"]
@@ -288,9 +313,8 @@ def all_trials(study: StudyRecord, best: TrialRecord | None) -> str:
     rows, most = [], min(MOST_ROWS, MOST_CELLS // len(heads))
     for trial in study.trials[:most]:
         kind = " class=best" if trial is best else "" if trial.feasible else " class=off"
-        what = trial.label if trial.stage == "search" else f"{trial.stage} {trial.label}".strip()
-        cells = [str(trial.number), what, trial.status, *(figure(trial, name) for name in names), number(trial.seconds)]
-        cells += [setting(trial.config.get(name)) for name in study.searched]
+        cells = [str(trial.number), what(trial), trial.status, *(figure(trial, name) for name in names)]
+        cells += [number(trial.seconds), *(setting(trial.config.get(name)) for name in study.searched)]
         marked = (f"<td{aligned[name]}>{text(cell)}" for name, cell in zip(heads, cells, strict=True))
         rows.append(f"<tr{kind}>{''.join(marked)}")
     titles = "".join(f"<th{aligned[name]}>{text(name).replace('_', '_<wbr>')}" for name in heads)
@@ -308,13 +332,19 @@ def bad_ends(study: StudyRecord) -> str:
     if not bad:
         return ""
     rows = "".join(
-        f"<tr><td>{trial.number}<td>{text(trial.status)}<td>{figure(trial, 'oom_events')}<td>{text(trial.reason[:600])}"
+        f"<tr><td>{trial.number}<td>{text(what(trial))}<td>{text(trial.status)}"
+        f"{', interrupted' if trial.interrupted else ''}<td>{figure(trial, 'oom_events')}<td>{text(trial.reason[:600])}"
         for trial in bad[:MOST_ROWS]
     )
+    notes = [f"{len(bad)} of {len(study.trials)}."]
+    if any(trial.stage in SAMPLED and not trial.interrupted for trial in bad):
+        notes.append("The sampler is told that those it proposed are bad, so that it keeps away from there.")
+    if any(trial.interrupted for trial in bad):
+        notes.append("One that was interrupted says nothing about its settings, and the sampler is not told of it.")
     return (
-        f"<section><h2>Rejected and failed trials</h2><p class=muted>{len(bad)} of {len(study.trials)}. The sampler is "
-        'told that they are bad, so that it keeps away from there.</p><div class="wide"><table class="reasons">'
-        f"<thead><tr><th>trial<th>status<th>OOM events<th>reason</thead><tbody>{rows}</tbody></table></div></section>"
+        f"<section><h2>Rejected and failed trials</h2><p class=muted>{' '.join(notes)}</p>"
+        '<div class="wide"><table class="reasons"><thead><tr><th>trial<th>stage<th>status<th>OOM events<th>reason'
+        f"</thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 

@@ -44,7 +44,9 @@ class OnlySampled(optuna.Study):
 
 
 def contains(parameter: Parameter, value: Any) -> bool:
-    """`value` may be proposed."""
+    """`value` may be proposed. None is a choice like others, but never within a range."""
+    if parameter.values is not None:
+        return value in parameter.values
     kind = distribution(parameter)
     try:
         return value is not None and bool(kind._contains(float(kind.to_internal_repr(value))))

@@ -98,7 +98,7 @@ def run_search(
     *,
     fixed: Mapping[str, str] | None = None,
     resume: bool = False,
-    objective: str = DEFAULT_OBJECTIVE,
+    objective: str | None = None,
     backend: str = "ray",
     ray_address: str | None = None,
 ) -> SearchResult:
@@ -110,26 +110,27 @@ def run_search(
         yaml_text: the search-space file as it was given.
         fixed: what `--set` added to it.
         resume: go on with the study in `directory`.
-        objective: `package.module:function` that every trial runs.
+        objective: `package.module:function` that every trial runs; None: that of the study which is gone on with, or
+            the trainer's.
         backend: `ray` or `local`.
         ray_address: of a cluster to join; None: Ray is started on this machine.
 
     Raises:
-        ConfigError: the study exists and `resume` is false, or does not fit to `space` and it is true.
+        ConfigError: the study exists and `resume` is false, or does not fit to `space` or `objective` and it is true.
         ResourceError: the device of the trials does not exist.
     """
     directory = directory.resolve()
     if not resume:
         make_room(directory)
-    study = SearchStudy.resume(directory, space, yaml_text, fixed) if resume else None
+    study = SearchStudy.resume(directory, space, yaml_text, fixed, objective) if resume else None
     driver = None
     try:
         with open_backend(backend, space, ray_address) as machine:
             if study is None:
-                study = SearchStudy.create(directory, space, yaml_text, fixed or {})
+                study = SearchStudy.create(directory, space, yaml_text, fixed or {}, objective or DEFAULT_OBJECTIVE)
             _write_environment(directory, machine.resources)
             with Display(space.name, planned(space), list(space.search), told=study.told) as display:
-                driver = Driver(study, space, objective=objective, sharers=machine.places, display=display)
+                driver = Driver(study, space, objective=study.objective, sharers=machine.places, display=display)
                 with _interruptible(driver):
                     machine.run(driver)
             if study.missing == 0:

@@ -291,6 +291,15 @@ class Space(_Model):
         """The device that the trials run on."""
         return str(self.fixed.get("device", TrainConfig().device))
 
+    @property
+    def sharers(self) -> int:
+        """Trials that may be at once on one device: on the CPU all of them, else as many as have a share of a GPU."""
+        wanted, each = self.resources.concurrent_trials, self.resources.gpus_per_trial
+        if self.device == "cpu":
+            return wanted or 1
+        fit = int(1 / each + 1e-6) if each < 1 else 1
+        return min(fit, wanted or fit)
+
     def settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings to train with, given the searched `values`: fixed and searched ones, no trial's budget."""
         return {**self.fixed, **values}

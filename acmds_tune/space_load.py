@@ -6,6 +6,7 @@ trainer's own setting, before anything is started.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import re
@@ -135,6 +136,7 @@ def _validate(values: dict[str, Any], source: Source) -> Space:
     _check_name(space, source)
     _check_fixed(space, source)
     _check_constraints(space, source)
+    _check_measured(space, source)
     for name, problem in control_problems(space):
         source.complain(("search", name), problem)
     _check_conditions(space, source)
@@ -385,6 +387,30 @@ def _check_constraints(space: Space, source: Source) -> None:
             parse_constraint(text)
         except ValueError as error:
             source.complain(("constraints", index), str(error))
+
+
+def _check_measured(space: Space, source: Source) -> None:
+    """A figure that no trial measures: the search would run in full, and no trial of it could be the best."""
+    defaults = to_dict(TrainConfig())
+
+    def choices(name: str) -> list[Any] | None:
+        """All values that a setting may have; None where they are a range."""
+        return space.search[name].values if name in space.search else [space.fixed.get(name, defaults[name])]
+
+    reasons = {}
+    # of other data sets it is not known before they are read whether they have validation samples of their own
+    if choices("val_fraction") == [0.0] and choices("dataset") == ["digits"]:
+        why = "val_fraction is 0, so no sample of digits is held out"
+        reasons = {name: why for name in FIGURE_NAMES if name.startswith("val_")}
+    if space.device == "cpu":
+        reasons["gpu_busy_fraction"] = "device is cpu"
+    asked: list[tuple[tuple[str | int, ...], str]] = [(("objective",), goal.name) for goal in space.objective]
+    for index, text in enumerate(space.constraints):
+        with contextlib.suppress(ValueError):  # said by _check_constraints
+            asked.append((("constraints", index), parse_constraint(text).figure))
+    for path, name in asked:
+        if name in reasons:
+            source.complain(path, f"{name} is never measured: {reasons[name]}")
 
 
 def _check_conditions(space: Space, source: Source) -> None:

@@ -11,17 +11,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from acmds_optimizer.config import TrainConfig, to_dict
-from acmds_tune.records import DEFAULT, StudyRecord, TrialRecord, choose_best, ranked
+from acmds_tune.records import DEFAULT, DONE, FIXED, StudyRecord, TrialRecord, choose_best, ranked
 from acmds_tune.space import Space, derived_seed
 
 SAMPLED = ("screen", "search")
 """Stages whose settings the sampler proposes."""
 
 PLANT = "short runs"
-FIXED = "fixed batch"
 HALVING = "halving"
 MOST_FIXED = 6
-"""Fixed batches that are tried."""
+"""Feasible fixed batches that are tried."""
+
+FULL = 0.8
+"""A mean micro-batch of this share of a size may be of a run at that size: the last step of an epoch has fewer."""
 
 MOST_TRIES = 2
 """Times that a trial of the later stages is started anew after an interruption."""
@@ -170,7 +172,7 @@ def default_values(space: Space) -> dict[str, Any]:
             low, high = parameter.bounds
             clipped = min(max(value, low), high)
             if parameter.step is not None:
-                clipped = low + round((clipped - low) / parameter.step) * parameter.step
+                clipped = min(low + round((clipped - low) / parameter.step) * parameter.step, high)  # rounding errors
             result[name] = type(low)(clipped)
     return result
 
@@ -207,24 +209,34 @@ def _held(space: Space, default: Mapping[str, Any], batch: int) -> dict[str, Any
 
 
 def next_fixed_batch(study: StudyRecord, rows: Sequence[TrialRecord], largest: int) -> int | None:
-    """The next fixed batch to try: from the largest on, half as large each, until a feasible one is worse again."""
+    """The next fixed batch to try: from the largest on, half as large each, until a feasible one is worse again.
+
+    Where none is feasible, down to 1. One that never ran at its size, because the data set or the memory is smaller, is
+    not compared with the next one, which is then what it ran at.
+    """
     fixed = [row for row in rows if row.stage == "baseline" and row.label.startswith(f"{FIXED} ")]
     tried = {int(row.label.rsplit(" ", 1)[1]): row for row in fixed}
-    batch = largest
+    batch, feasible = largest, 0
     best: TrialRecord | None = None
-    for _ in range(MOST_FIXED):
-        row = tried.get(batch)
-        if row is None:
-            return batch
-        if best is not None:
-            pair = replace(study, trials=[best, row])
-            if choose_best(pair, stages=("baseline",)) is best:
+    while (row := tried.get(batch)) is not None:
+        feasible += row.feasible
+        ran = _ran_at(row, batch)
+        if ran == batch:
+            if best is not None and choose_best(replace(study, trials=[best, row]), stages=("baseline",)) is best:
                 return None
-        best = row if row.feasible else best
+            best = row if row.feasible else best
         if batch == 1:
             return None
-        batch = max(1, batch // 2)
-    return None
+        batch = min(batch // 2, ran)
+    return batch if feasible < MOST_FIXED else None
+
+
+def _ran_at(row: TrialRecord, batch: int) -> int:
+    """`batch`; where the trial never ran at that size, the power of two that it mostly ran at, or the one below."""
+    mean = row.figures.get("batch_size_mean") if row.status in DONE else None
+    if mean is None or mean > batch / 2:  # one full step and one with the few samples left over are more
+        return batch
+    return 1 << (max(1, int(mean / FULL)).bit_length() - 1)
 
 
 def best_fixed(study: StudyRecord) -> TrialRecord | None:

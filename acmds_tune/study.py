@@ -25,7 +25,7 @@ from acmds_optimizer.config import TrainConfig, build, to_dict
 from acmds_optimizer.errors import ConfigError
 from acmds_optimizer.files import replacing
 from acmds_tune.journal import JOURNAL, hold, make_new, mend
-from acmds_tune.objective import Ended, read_outcome, share_done
+from acmds_tune.objective import DEFAULT_OBJECTIVE, Ended, read_outcome, share_done
 from acmds_tune.plant import PLANT_FILE, Plant, read_plant, simulate
 from acmds_tune.prescreen import FROM_PLANT, best_on_plant, misled
 from acmds_tune.records import DEFAULT, StudyRecord
@@ -114,11 +114,25 @@ class SearchStudy:
         self.import_path: list[str] = [*here, *(entry for entry in about.get("import_path", []) if entry not in here)]
         """Where trials look for the user's own modules: as this process does, then as the first search did."""
 
+    @property
+    def objective(self) -> str:
+        """`package.module:function` that the trials run."""
+        return self._study.user_attrs["acmds"].get("objective") or DEFAULT_OBJECTIVE
+
     # --- beginning
 
     @classmethod
-    def create(cls, directory: Path, space: Space, yaml_text: str, fixed: Mapping[str, str]) -> SearchStudy:
+    def create(
+        cls,
+        directory: Path,
+        space: Space,
+        yaml_text: str,
+        fixed: Mapping[str, str],
+        objective: str = DEFAULT_OBJECTIVE,
+    ) -> SearchStudy:
         """Start a study in the new folder `directory`. `fixed` is what `--set` added to the file.
+
+        `objective` is the `package.module:function` that its trials will run, also where it is resumed.
 
         Raises:
             ConfigError: the folder exists, or cannot be made; there is no study to warm up with, or no such sampler.
@@ -149,6 +163,7 @@ class SearchStudy:
             "space": space.model_dump(mode="json"),
             "set": dict(fixed),
             "fingerprint": fingerprint(space),
+            "objective": objective,
             "working_directory": str(Path.cwd()),
             "import_path": [entry or str(Path.cwd()) for entry in sys.path],
         }
@@ -174,12 +189,20 @@ class SearchStudy:
         opened, ours = open_study(other), self._study.get_trials(deepcopy=False)
         theirs, about = record(opened, other), about_of(opened, other)
         label = f"from {theirs.name}"
-        tried = [each.system_attrs.get("fixed_params") for each in ours if each.user_attrs.get("label") == label]
+        tried = [
+            {name: value for name, value in values.items() if self.space.search[name].applies(values)}
+            for each in ours
+            if "earlier" not in each.user_attrs and each.user_attrs.get("stage", SAMPLED[-1]) in SAMPLED
+            for values in [each.params or each.system_attrs.get("fixed_params", {})]  # started, or waiting
+        ]
         taken = {each.user_attrs.get("earlier_trial") for each in ours if each.user_attrs.get("earlier") == str(other)}
         for values in best_settings(theirs, self.space):
             if values not in tried:
+                tried.append(values)
                 self._study.enqueue_trial(values, user_attrs={"label": label})
         differences = space_differences(about.get("fingerprint", {}), fingerprint(self.space))
+        if (measured_by := about.get("objective") or DEFAULT_OBJECTIVE) != self.objective:
+            differences.append(f"objective function: {measured_by} there, {self.objective} here")
         if differences:
             logger.warning(
                 "%s was not measured under the same conditions, so only its best settings are taken: %s",
@@ -204,21 +227,27 @@ class SearchStudy:
 
     @classmethod
     def resume(
-        cls, directory: Path, space: Space, yaml_text: str | None = None, fixed: Mapping[str, str] | None = None
+        cls,
+        directory: Path,
+        space: Space,
+        yaml_text: str | None = None,
+        fixed: Mapping[str, str] | None = None,
+        objective: str | None = None,
     ) -> SearchStudy:
         """Go on with the study in `directory`, with what its sampler knows.
 
         Trials that were running when the search was killed are finished with their outcome.json if they have one;
         the others become rows with status `crashed` and their settings are tried once more. `yaml_text` and `fixed`,
-        the file and `--set` as they are now, are kept in place of those that the study was started with.
+        the file and `--set` as they are now, are kept in place of those that the study was started with. No `objective`
+        is the one that it was started with.
 
         Raises:
-            ConfigError: there is no study, or `space` differs from what the study was started with.
+            ConfigError: there is no study, or `space` or `objective` differs from what the study was started with.
             StudyBusyError: a search is writing to it.
         """
         lock = hold(directory)
         try:
-            self = cls._resume(directory, space, lock)
+            self = cls._resume(directory, space, lock, objective)
             if yaml_text is not None:
                 about = self._study.user_attrs["acmds"]
                 self._study.set_user_attr("acmds", {**about, "yaml": yaml_text, "set": dict(fixed or {})})
@@ -230,12 +259,15 @@ class SearchStudy:
             raise
 
     @classmethod
-    def _resume(cls, directory: Path, space: Space, lock: int) -> SearchStudy:
+    def _resume(cls, directory: Path, space: Space, lock: int, objective: str | None) -> SearchStudy:
         mend(directory / JOURNAL)
         about = read_about(directory)
         # through the model, so that keys which are newer than the study have their defaults
         before = Space.model_validate(about["space"]).model_dump(mode="json")
         differences = space_differences(before, space.model_dump(mode="json"))
+        kept = about.get("objective") or objective  # early studies lack it
+        if objective not in (None, kept):  # figures of two functions are no one study
+            differences.append(f"objective function: {kept} in the study, {objective} now")
         if differences:
             raise ConfigError(
                 str(directory),
@@ -244,12 +276,18 @@ class SearchStudy:
         journal = Journal(directory / JOURNAL)
         study = optuna.load_study(study_name=about["name"], storage=JournalStorage(journal), pruner=new_pruner(space))
         started = sum(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-        study.set_user_attr("acmds", {**about, "space": space.model_dump(mode="json")})
+        study.set_user_attr("acmds", {**about, "space": space.model_dump(mode="json"), "objective": kept})
         # the same seed would propose the same points again
         study.sampler = new_sampler(space, derived_seed(space.seed, -1 - started))
         self = cls(directory, space, study, journal, lock)
         self._end_interrupted()
-        for row in self.record().of_stages(("plant",)):
+        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        rows = self.record()
+        tried = {row.label for row in rows.of_stages(SAMPLED) if not row.interrupted}
+        if DEFAULT not in tried | {trial.user_attrs.get("label") for trial in waiting}:
+            # all others are compared with them: they are not given up, however often their trial was cut off
+            study.enqueue_trial(self._default, user_attrs={"label": DEFAULT})
+        for row in rows.of_stages(("plant",)):
             self._plant = self._plant or read_plant(self.trial_directory(row.number) / PLANT_FILE)
         known = (trial.user_attrs.get("label") for trial in study.get_trials(deepcopy=False))
         if self._plant is not None and self._screening is None and FROM_PLANT not in known:
@@ -395,7 +433,9 @@ class SearchStudy:
         trial.set_user_attr("config", self._config_to_train_on(settings))
         if self._plant is not None and what.objective is None:
             self._predict(trial, self._plant, settings)
-        limits = self.space.trial_limits(values, self.space.screen.share if what.stage == "screen" else 1.0)
+        # the defaults are run again among short trials, to be compared with the first of those
+        short = what.stage == "screen" or (what.stage == "anchor" and self.space.screen.trials > 0)
+        limits = self.space.trial_limits(values, self.space.screen.share if short else 1.0)
         self._seconds[trial.number] = limits.get("max_seconds", settings.get("max_seconds"))
         trial_settings = {**settings, **limits, "decoded_cache": str(self.directory / CACHE)}
         values |= {name: value for name, value in more.items() if name in self.space.search}

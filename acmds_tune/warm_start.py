@@ -19,8 +19,7 @@ def best_settings(theirs: StudyRecord, space: Space) -> list[dict[str, Any]]:
     """Of their best configurations the settings that are searched here, with values that may be tried here."""
     found = []
     for row in ranked(theirs, most=WARM_STARTS):
-        values = {name: row.config[name] for name in space.search if name in row.config}
-        found.append({name: value for name, value in values.items() if contains(space.search[name], value)})
+        found.append({name: v for name, v in searched(space, row).items() if contains(space.search[name], v)})
     return [values for values in found if values]
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from acmds_optimizer.memory.device import BudgetedCpuMemory
+from acmds_optimizer.memory.device import BudgetedCpuMemory, occupy_cpu_cards
 from acmds_tune import child, host_memory, nvml
 from acmds_tune.child import Task, TrialProcess, _preloaded
-from acmds_tune.neighbour import Script, serve_alone
-from acmds_tune.objective import Ended, evaluate, read_outcome
+from acmds_tune.neighbour import PIECE_BYTES, Holder, Script, serve_alone
+from acmds_tune.objective import Ended, evaluate, figures_of, figures_so_far, read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 SOON_S = 20.0
@@ -106,6 +106,13 @@ def test_an_error_with_the_name_of_a_file_that_is_no_utf_8_is_an_error_like_any_
     ended = evaluate(broken, {}, tmp_path, lambda _: None, lambda: False)
     assert (ended.status, ended.reason) == ("error", "ValueError: cannot read \\udcff.jpg")
     assert "\\udcff.jpg" in (tmp_path / "traceback.txt").read_text(encoding="utf-8")
+
+
+def test_the_speed_of_a_trial_that_was_stopped_before_its_first_step_was_not_measured() -> None:
+    assert figures_of({"samples_per_second": 0.0, "steps": 0, "samples": 0}) == {"steps": 0, "samples": 0}
+    assert figures_so_far({"samples_per_second": 0.0, "step": 0, "oom_events": 2}) == {"oom_events": 2, "steps": 0}
+    assert figures_of({"samples_per_second": 0.0, "steps": 3}) == {"samples_per_second": 0.0, "steps": 3}
+    assert figures_of({"samples_per_second": 5.0, "steps": 0})["samples_per_second"] == 5.0  # of one's own objective
 
 
 def test_out_of_memory_for_good_counts_as_an_event_beside_the_last_measured_figures(
@@ -286,6 +293,63 @@ def test_a_trial_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         parent.wait()
 
 
+def test_signals_to_the_whole_group_while_the_fork_server_imports_cost_no_trial(tmp_path: Path) -> None:
+    # as Ctrl-C in a terminal and `timeout` send them; PyTorch's import takes seconds
+    imported = "import os, signal\nos.killpg(0, signal.SIGINT)\nos.killpg(0, signal.SIGTERM)\n"
+    (tmp_path / "signals_its_group.py").write_text(imported, encoding="utf-8")
+    code = (
+        "import signal\n"
+        "from acmds_tune import child\n"
+        "heard = []\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda number, frame: heard.append(number))\n"
+        "child._preloaded = lambda task: ['signals_its_group']\n"
+        f"task = child.Task(0, 0, {{}}, {str(tmp_path)!r}, 'tests.fake_objectives:ok')\n"
+        "trial = child.TrialProcess(task)\n"
+        "while trial.ended is None: trial.poll(1.0)\n"
+        "print(trial.ended.status, *sorted(map(int, heard)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False,
+        start_new_session=True, timeout=60,
+    )  # fmt: skip
+    assert ended.stdout.split() == ["ok", "2", "15"], ended.stderr
+
+
+def test_a_trial_that_the_search_gave_up_before_it_began_says_nothing(tmp_path: Path) -> None:
+    # the third Ctrl-C, while the fork server imports: it forks the trial all the same
+    (tmp_path / "interrupts_its_parent.py").write_text(
+        "import os, signal\nos.kill(os.getppid(), signal.SIGINT)\n", encoding="utf-8"
+    )
+    code = (
+        "from acmds_tune import child\n"
+        "child._preloaded = lambda task: ['interrupts_its_parent']\n"
+        f"task = child.Task(0, 0, {{}}, {str(tmp_path / '0')!r}, 'tests.fake_objectives:hangs')\n"
+        "try:\n"
+        "    child.TrialProcess(task)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+        f"task = child.Task(1, 0, {{}}, {str(tmp_path / '1')!r}, 'tests.fake_objectives:ok')\n"
+        "trial = child.TrialProcess(task)\n"
+        "while trial.ended is None: trial.poll(1.0)\n"
+        "print(trial.ended.status)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.stdout.split(), ended.stderr) == (["interrupted", "ok"], "")
+
+
+@pytest.fixture
+def alone_again() -> Iterator[None]:
+    """Cards on the CPU without a neighbour, for the tests after this one."""
+    yield
+    occupy_cpu_cards(0)
+
+
+@pytest.mark.usefixtures("alone_again")
 def test_a_neighbour_on_the_cpu_card_takes_and_gives_back_as_the_trial_goes_on() -> None:
     card = BudgetedCpuMemory(8 * 2**30)
     script = Script([(0.0, 1.0), (0.5, 3.0), (0.75, 0.0)], {"device": "cpu", "max_seconds": 10.0})
@@ -299,6 +363,36 @@ def test_a_neighbour_on_the_cpu_card_takes_and_gives_back_as_the_trial_goes_on()
         script.follow(progress)
         seen.append(card.read().budget_bytes / 2**30)
     assert seen == [7.0, 7.0, 5.0, 8.0]
+
+
+@pytest.mark.usefixtures("alone_again")
+def test_a_neighbour_starts_again_where_the_trial_begins_anew() -> None:
+    script = Script([(0.0, 1.0), (0.3, 3.0), (0.6, 2.0)], {"device": "cpu"})
+    seen = []
+    # the halving baseline: each attempt has a card of its own, and begins with the first step
+    for steps in ((1, 70), (1, 20, 30), (1, 65)):
+        card = BudgetedCpuMemory(8 * 2**30)
+        for step in steps:
+            script.follow({"step": step, "total_steps": 100, "seconds": step / 10})
+            seen.append(8.0 - card.read().budget_bytes / 2**30)
+    assert seen == [1.0, 2.0, 1.0, 1.0, 3.0, 1.0, 2.0]
+
+
+@pytest.mark.usefixtures("alone_again")
+def test_a_neighbour_does_not_go_back_where_only_the_expected_number_of_steps_grows() -> None:
+    card = BudgetedCpuMemory(8 * 2**30)
+    script = Script([(0.5, 3.0)], {"device": "cpu"})
+    for step, total in ((10, 20), (11, 23)):  # 0.5 of it, then 0.48
+        script.follow({"step": step, "total_steps": total, "seconds": step / 10})
+        assert card.read().budget_bytes == 5 * 2**30
+
+
+def test_a_neighbour_that_is_to_hold_less_gives_the_rest_back() -> None:
+    holder = Holder("cpu")
+    for wanted, held in ((5 * PIECE_BYTES, 5), (2 * PIECE_BYTES, 2), (3 * PIECE_BYTES, 3)):
+        holder.take(wanted)
+        holder.poll()
+        assert holder.held_bytes == held * PIECE_BYTES
 
 
 def test_a_neighbour_process_holds_what_it_is_told_and_ends_with_its_trial() -> None:

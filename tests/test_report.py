@@ -22,9 +22,9 @@ from optuna.trial import TrialState, create_trial
 from acmds_optimizer.config import TrainConfig, read_file, to_dict
 from acmds_optimizer.engine import columns
 from acmds_optimizer.errors import ConfigError
-from acmds_tune import report, report_figures, report_html, storage
+from acmds_tune import report, report_figures, report_html, report_text, storage
 from acmds_tune.columns import EVENT_COLUMNS, STATUSES, trial_columns, with_current_tables
-from acmds_tune.records import choose_best, pareto_front, why_no_best, worst_first
+from acmds_tune.records import StudyRecord, choose_best, pareto_front, why_no_best, worst_first
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -100,7 +100,7 @@ class Study:
             attrs |= {"status": status, "reason": reason, "constraints": [oom_events if status == "ok" else 1.0]}
         if speed is not None:
             attrs |= {**MEASURED, "samples_per_second": speed, "oom_events": oom_events, **figures}
-        told = [attrs.get(objective["name"], 0.0) for objective in self.objectives]
+        told = [attrs.get(objective["name"]) or 0.0 for objective in self.objectives]
         self.study.add_trial(
             create_trial(
                 state=state,
@@ -362,6 +362,22 @@ def test_the_hint_about_memory_is_given_only_where_memory_was_the_reason(study: 
     assert "max_batch_size" not in text
 
 
+def test_trials_without_a_value_of_an_objective_are_counted_among_the_reasons(tmp_path: Path) -> None:
+    study = Study(tmp_path / "demo", PARETO)
+    study.add(100.0, val_loss=None, status="infeasible")
+    study.add(120.0, val_loss=None, status="infeasible")
+    study.add(None, status="crashed")
+    text = why_no_best(report.load_study(study.folder))
+    assert text.startswith("None of 3 trials is feasible: 2 infeasible, 1 crashed. 2 have no val_loss.")
+
+
+def test_a_study_of_which_only_the_plant_has_run_has_no_best_because_nothing_was_searched(study: Study) -> None:
+    study.add(100.0)
+    record = report.load_study(study.folder)
+    plant = replace(record.trials[0], stage="plant")
+    assert why_no_best(replace(record, trials=[plant])) == "No trial of the search was started."
+
+
 # --- the page
 
 
@@ -489,6 +505,80 @@ def test_all_plots_are_valid_plotly_figures(mixed: Study) -> None:
     ]
     for figure in drawn:
         assert go.Figure(figure).data  # raises for a property that plotly does not know
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [
+        (
+            1e-4,
+            1e-1,
+            {1e-4: "10<sup>-4</sup>", 1e-3: "10<sup>-3</sup>", 1e-2: "10<sup>-2</sup>", 0.1: "10<sup>-1</sup>"},
+        ),
+        (1.2e-4, 8e-2, {0.001: "0.001", 0.01: "0.01"}),
+        (1.1e-3, 9e-2, {0.003: "0.003", 0.03: "0.03"}),  # 0.01 alone would say nothing of the scale
+        (1.1e-6, 9e-5, {3e-6: "3×10<sup>-6</sup>", 3e-5: "3×10<sup>-5</sup>"}),
+        (8, 512, {10.0: "10", 100.0: "100"}),
+        (1e-6, 1.0, {1e-6: "10<sup>-6</sup>", 1e-4: "10<sup>-4</sup>", 0.01: "10<sup>-2</sup>", 1.0: "10<sup>0</sup>"}),
+    ],
+)
+def test_a_logarithmic_axis_has_two_to_four_marks_that_do_not_run_into_each_other(
+    low: float, high: float, marks: dict[float, str]
+) -> None:
+    axis = report_figures.log_axis(low, high)
+    assert dict(zip(axis["tickvals"], axis["ticktext"], strict=True)) == marks
+
+
+def test_slices_over_decades_have_a_logarithmic_axis_with_marks_that_can_be_read(study: Study) -> None:
+    for power in range(4):
+        study.add(100.0 + power, searched={"lr": 10.0 ** (power - 4)})
+    record = replace(report.load_study(study.folder), searched=["lr"])
+    figure, _ = report_figures.slices(record, {})
+    assert figure is not None
+    axis = figure["layout"]["xaxis"]
+    assert (axis["type"], axis["tickvals"]) == ("log", [1e-4, 1e-3, 1e-2, 1e-1])
+    assert go.Figure(figure).data
+
+
+def baseline_study(study: Study, confirmed: bool) -> StudyRecord:
+    """A trial of the search, fixed batches of which the second is the best, halving, and perhaps confirmations."""
+    rows = [
+        ("search", "", 200.0), ("baseline", "halving", 90.0), ("baseline", "fixed batch 64", 110.0),
+        ("baseline", "fixed batch 32", 120.0), ("baseline", "fixed batch 16", 100.0),
+    ]  # fmt: skip
+    if confirmed:
+        rows += [("confirm", "trial 0", 190.0), ("confirm", "fixed batch 32", 115.0), ("confirm", "default", 105.0)]
+    for _, _, speed in rows:
+        study.add(speed)
+    record = report.load_study(study.folder)
+    trials = [replace(t, stage=s, label=what) for t, (s, what, _) in zip(record.trials, rows, strict=True)]
+    return replace(record, trials=trials)
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_the_lines_of_the_history_are_the_means_of_the_confirmed_baselines_else_the_best_fixed_batch(
+    study: Study, confirmed: bool
+) -> None:
+    record = baseline_study(study, confirmed)
+    page: dict[str, Any] = {}
+    lines = report_figures.baseline_values(record)
+    report_html.comparisons(replace(record, trials=record.trials[:5]), {}, {}, page, lines)
+    dashed = {each["name"]: each["y"][0] for each in page["history"]["data"] if each["mode"] == "lines"}
+    del dashed["best so far"]
+    means = {"fixed batch 32": 115.0, "default": 105.0, "halving": 90.0}
+    assert dashed == (means if confirmed else {"fixed batch 32": 120.0, "halving": 90.0})
+
+
+def test_of_bad_trials_only_those_the_sampler_proposed_and_that_ended_are_said_to_be_told_to_it(mixed: Study) -> None:
+    record = report.load_study(mixed.folder)
+    told = "The sampler is told that those it proposed are bad"
+    assert told in report_text.bad_ends(record)
+    crashed = record.trials[2]
+    other = [replace(crashed, stage="baseline", label="halving"), replace(crashed, interrupted=True)]
+    words = report_text.bad_ends(replace(record, trials=other))
+    assert told not in words
+    assert "<td>baseline halving<td>crashed" in words
+    assert "<td>crashed, interrupted<td>" in words
 
 
 def test_slices_say_what_they_leave_out_and_keep_what_matters_most(mixed: Study) -> None:

@@ -23,8 +23,8 @@ from rich.console import Console
 from acmds_optimizer.errors import ConfigError
 from acmds_tune import nvml
 from acmds_tune.child import STOP_GRACE_S
-from acmds_tune.cli import _conclude
-from acmds_tune.driver import ALIKE, INTERRUPTED, OUT_OF_TIME, Driver
+from acmds_tune.cli import _conclude, main
+from acmds_tune.driver import ALIKE, INTERRUPTED, OUT_OF_TIME, PRUNED, Driver
 from acmds_tune.local_backend import devices
 from acmds_tune.objective import Ended
 from acmds_tune.progress import Display
@@ -150,7 +150,7 @@ def test_sigterm_ends_the_running_trial_and_a_resumed_search_makes_up_for_it(
     assert list(rows.status) == ["ok", "stopped"]
     assert rows.reason[1] == INTERRUPTED
     assert (result.directory / "report.html").is_file()
-    resumed = search("ok", resume=True, backend="local")
+    resumed = search("terminates", resume=True, backend="local")
     rows = table(resumed)
     assert (resumed.ending, resumed.missing) == ("", 0)
     assert list(rows.status) == ["ok", "stopped", "ok", "ok", "ok", "ok", "ok"]
@@ -165,7 +165,7 @@ def test_a_third_ctrl_c_ends_the_search_at_once_and_still_writes_the_page(
     with pytest.raises(KeyboardInterrupt):
         search("interrupts_thrice", TEXT.replace("silence: 1", "silence: 60"), backend="local")
     assert time.monotonic() - began < STOP_GRACE_S
-    result = search("ok", resume=True, backend="local", overrides={"trials": 3})
+    result = search("interrupts_thrice", resume=True, backend="local", overrides={"trials": 3})
     rows = table(result)
     assert list(rows.status) == ["ok", "stopped", "ok", "ok"]
     assert rows.reason[1] == INTERRUPTED
@@ -241,6 +241,26 @@ def test_a_trial_runs_where_the_search_was_started_first(
     monkeypatch.chdir(result.directory)
     search("says_where_it_is", backend="local", overrides={"trials": 2}, resume=True)
     assert (result.directory / "trials" / "0001" / "cwd").read_text(encoding="utf-8") == str(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["resume", "extend"])
+def test_a_study_with_an_objective_of_ones_own_is_gone_on_with_by_that_objective(
+    search: Callable[..., SearchResult], command: str
+) -> None:
+    result = search("says_where_it_is", backend="local", overrides={"trials": 1})
+    more = "2" if command == "resume" else "+1"
+    assert main([command, str(result.directory), "--trials", more, "--backend", "local"]) == 0
+    assert list(table(result).status) == ["ok", "ok"]
+    assert (result.directory / "trials" / "0001" / "cwd").is_file(), "it is the objective that writes it"
+
+
+def test_a_study_is_not_gone_on_with_by_another_objective(search: Callable[..., SearchResult]) -> None:
+    result = search("ok", backend="local", overrides={"trials": 1})
+    with pytest.raises(ConfigError) as caught:
+        search("mixed", backend="local", overrides={"trials": 2}, resume=True)
+    here = "tests.fake_objectives"
+    assert caught.value.problems[0] == f"objective function: {here}:ok in the study, {here}:mixed now"
+    assert len(table(result)) == 1
 
 
 def new_driver(folder: Path, text: str, console: Console | None = None) -> Driver:
@@ -345,6 +365,94 @@ def test_the_minutes_of_a_search_leave_time_for_its_confirmation(
     driver.study.close()
     assert stages == ["search"] * 7 + ["confirm"] * 3
     assert (driver.done, driver.ending, driver.study.missing) == (True, OUT_OF_TIME, 92)
+
+
+@pytest.mark.parametrize("anchors", ["", "anchor_every: 4\n"])
+def test_the_full_trials_after_short_ones_have_their_time(
+    tmp_path: Path, anchors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now))
+    text = TEXT.replace("trials: 6", "trials: 2") + "budget: {seconds: 4, minutes: 0.5}\nscreen: {trials: 99}\n"
+    driver = new_driver(tmp_path, text + anchors)
+    while (task := driver.next_task()) is not None:
+        seconds = task.settings["max_seconds"]  # 1 of a short trial, 4 of a full one
+        now += seconds
+        driver.ended(task.number, Ended("ok", "finished", figures(), seconds))
+    stages = [row.stage for row in driver.study.record().trials]
+    driver.study.close()
+    # at 22 s one more short one, or anchor among them, would leave less than 2 times 4 s
+    assert [stage if stage == "train" else "short" for stage in stages] == ["short"] * 22 + ["train"] * 2
+    assert (now, driver.ending) == (30.0, OUT_OF_TIME)
+
+
+def test_no_full_trial_is_started_that_would_end_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("acmds_tune.driver.time", SimpleNamespace(monotonic=lambda: now))
+    text = TEXT.replace("trials: 6", "trials: 4") + "budget: {seconds: 8, minutes: 0.5}\nscreen: {trials: 6}\n"
+    driver = new_driver(tmp_path, text)
+    while (task := driver.next_task()) is not None:
+        seconds = task.settings["max_seconds"]
+        now += seconds
+        driver.ended(task.number, Ended("ok", "finished", figures(), seconds))
+    stages = [row.stage for row in driver.study.record().trials]
+    driver.study.close()
+    assert stages == ["screen"] * 6 + ["train"] * 2  # 6 times 2 s, 2 times 8 s: the third would end at 36 s
+    assert (now, driver.ending) == (28.0, OUT_OF_TIME)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "interrupted"),
+    [
+        ("stopped", "asked to stop", True),  # by the same signal as the search
+        ("crashed", "its process was killed by SIGTERM", True),
+        ("stopped", PRUNED, False),
+        ("ok", "finished", False),
+        ("error", "ValueError: the data are broken", False),
+    ],
+)
+def test_a_trial_that_was_ended_by_a_signal_to_all_processes_does_not_count(
+    tmp_path: Path, status: str, reason: str, interrupted: bool
+) -> None:
+    driver = new_driver(tmp_path, TEXT)
+    task = driver.next_task()
+    assert task is not None
+    driver.interrupt(stop=True)
+    driver.ended(task.number, Ended(status, reason, figures(), 1.0))
+    (row,) = driver.study.record().trials
+    assert (row.status, row.interrupted, driver.study.missing) == (status, interrupted, 6 if interrupted else 5)
+    driver.study.close()
+
+
+def test_a_trial_that_crashes_before_anybody_asks_the_search_to_stop_counts(tmp_path: Path) -> None:
+    driver = new_driver(tmp_path, TEXT)
+    for reason in ("its process was killed by SIGKILL", "asked to stop"):
+        task = driver.next_task()
+        assert task is not None
+        driver.ended(task.number, Ended("crashed" if "killed" in reason else "stopped", reason, figures(), 1.0))
+    driver.study.close()
+    assert [row.interrupted for row in driver.study.record().trials] == [False, False]
+
+
+def test_the_display_says_how_far_a_trial_is_that_its_seconds_end() -> None:
+    terminal = Console(width=80, file=io.StringIO(), force_terminal=True)
+    with Display("s", 2, [], console=terminal) as display:
+        display.started(0, {}, max_seconds=8.0)
+        display.started(1, {})
+        for number in (0, 1):
+            display.progressed(number, {"step": 10, "total_steps": 1000, "seconds": 6.0})
+        with terminal.capture() as capture:
+            terminal.print(display._render())
+    assert re.findall(r"running +(\d+)%", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capture.get())) == ["75", "1"]
+
+
+def test_the_driver_tells_the_display_how_long_a_trial_trains_at_most(tmp_path: Path) -> None:
+    driver = new_driver(tmp_path, TEXT + "budget: {seconds: 8}\nscreen: {trials: 6, share: 0.5}\n")
+    task = driver.next_task()
+    assert task is not None
+    driver.heard(task.number, {"step": 1, "total_steps": 1000, "seconds": 3.0})
+    assert driver._display._rows[task.number].share == 0.75  # of 4 s
+    driver.study.close()
 
 
 def test_a_trial_whose_watcher_dies_is_crashed_and_the_search_goes_on(search: Callable[..., SearchResult]) -> None:
@@ -479,7 +587,7 @@ def test_after_kill_9_of_the_search_nothing_runs_and_it_can_be_resumed(
     finally:
         driver.kill()
         driver.wait()
-    rows = table(search("ok", resume=True, backend="local"))
+    rows = table(search("waits_as_the_third", resume=True, backend="local"))
     assert list(rows.status) == ["ok", "ok", "crashed", "ok", "ok", "ok", "ok"]
     assert rows.reason[2] == "the search was ended while it ran"
 

@@ -341,6 +341,39 @@ def test_a_sampler_that_takes_one_objective_is_refused_for_several(problems: Any
     assert read(text.replace("cma-es", "gp")).sampler == "gp"
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "objective: val_loss\nfixed: {dataset: digits, val_fraction: 0}",
+            "line 1: objective: val_loss is never measured: val_fraction is 0, so no sample of digits is held out",
+        ),
+        (
+            "constraints: [val_accuracy >= 0.5]\nfixed: {dataset: digits, val_fraction: 0}",
+            "line 1: constraints.0: val_accuracy is never measured: val_fraction is 0, so no sample of digits is held "
+            "out",
+        ),
+        (
+            "objective: [speed, gpu_busy_fraction]\nfixed: {device: cpu}",
+            "line 1: objective: gpu_busy_fraction is never measured: device is cpu",
+        ),
+        ("objective: val_loss\nfixed: {dataset: digits}", ""),
+        ("objective: val_loss\nfixed: {dataset: cifar10, val_fraction: 0}", ""),  # has images of its own for it
+        ("objective: speed\nfixed: {dataset: digits, val_fraction: 0, device: cpu}", ""),
+        ("objective: gpu_busy_fraction\nfixed: {device: cuda}", ""),
+    ],
+)
+def test_a_figure_that_no_trial_could_measure_is_refused(read: Any, problems: Any, text: str, problem: str) -> None:
+    if problem:
+        assert problems(f"{text}\n{SEARCH}") == [problem]
+    else:
+        assert read(f"{text}\n{SEARCH}")
+
+
+def test_a_validation_share_that_is_searched_is_not_refused(read: Any) -> None:
+    assert read("objective: val_loss\nfixed: {dataset: digits}\nsearch: {val_fraction: {low: 0.0, high: 0.5}}\n")
+
+
 def test_a_constraint_measures_how_far_a_figure_is_on_the_wrong_side() -> None:
     most = parse_constraint("headroom_breach_fraction<=0.05")
     assert most.violation(0.25) == pytest.approx(0.2)

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from acmds_optimizer.config import TrainConfig
 from acmds_optimizer.errors import ConfigError, OutOfMemoryForGoodError
 from acmds_tune.baselines import halving
+from acmds_tune.commands import status
 from acmds_tune.journal import JOURNAL
 from acmds_tune.objective import Ended
 from acmds_tune.plant import (
@@ -43,14 +44,18 @@ from acmds_tune.records import (
     choose_best,
     confirmations,
     ranked,
+    remarks,
+    rule_of_choice,
 )
-from acmds_tune.report import load_study, write_data
-from acmds_tune.report_text import anchor_drift, default_trial, plant_words, tiles
+from acmds_tune.report import load_study, write_all, write_data
+from acmds_tune.report_text import anchor_drift, confirmation, default_trial, plant_words, tiles
 from acmds_tune.requires import draw, nearest_allowed, parse_requirement
+from acmds_tune.samplers import contains
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
-from acmds_tune.stages import Sample, Wait, next_step, planned
+from acmds_tune.stages import Sample, Wait, best_fixed, default_values, next_fixed_batch, next_step, planned
 from acmds_tune.study import Proposal, SearchStudy
+from acmds_tune.warm_start import best_settings, usable_trials
 from tests.fake_objectives import figures
 
 TEXT = """
@@ -96,8 +101,8 @@ def speed_of_lr(proposal: Proposal) -> Ended:
 def fits_64(proposal: Proposal) -> Ended:
     """Batches up to 64 keep the headroom; larger is faster."""
     batch = proposal.settings["max_batch_size"]
-    made = figures() | {"samples_per_second": float(batch), "oom_events": int(batch > 64)}
-    return Ended("ok", "finished", made, 1.0)
+    made = {"samples_per_second": float(batch), "oom_events": int(batch > 64), "batch_size_mean": float(batch)}
+    return Ended("ok", "finished", figures() | made, 1.0)
 
 
 def test_without_stages_only_the_search_runs(run: Callable[..., Any]) -> None:
@@ -192,6 +197,97 @@ def test_fixed_batches_are_halved_until_a_feasible_one_is_worse_than_the_one_bef
     assert len({each.seed for each in fixed}) == 1
 
 
+def test_fixed_batches_are_halved_down_to_1_until_one_is_feasible_and_where_none_is_the_page_and_the_log_say_so(
+    run: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def end(proposal: Proposal, feasible: int) -> Ended:
+        fits = proposal.stage != "baseline" or proposal.settings["max_batch_size"] <= feasible
+        return Ended("ok", "finished", figures(oom_events=int(not fits)) | {"batch_size_mean": None}, 1.0)
+
+    text = TEXT.replace("high: 256", "high: 1024") + "baselines: [fixed batch]\n"
+    _, started = run(text, lambda proposal: end(proposal, 2), "small")
+    sizes = [1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert [each.label for each in started[4:]] == [f"fixed batch {size}" for size in sizes]
+    study, started = run(text, lambda proposal: end(proposal, 0), "none")
+    assert [each.label for each in started[4:]] == [f"fixed batch {size}" for size in sizes]
+    said = "No fixed batch that was tried (1024 to 1) was feasible, so there is none to compare with."
+    record = study.record()
+    assert remarks(record) == [said]
+    assert said in confirmation(record, choose_best(record))
+    write_all(study.directory)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("label", "mean", "following"),
+    [
+        (4096, 1618.0, 1024),  # no more samples in the data set
+        (128, 62.23, 64),  # 12 steps of two times 64, and a last one of 41 and 41
+        (512, 212.0, 256),  # 3 steps of two times 256, and a last one of 82
+        (4096, 53.0, 64),
+        (300, 20.0, 16),
+        (1024, 809.0, 512),  # a step of 1024 and one of 594: it ran at its size
+        (64, None, 32),
+    ],
+)
+def test_after_a_fixed_batch_that_never_ran_at_its_size_comes_the_power_of_two_that_did(
+    label: int, mean: float | None, following: int
+) -> None:
+    row = replace(trial(0, 1.0, "baseline", f"fixed batch {label}"), figures={"batch_size_mean": mean})
+    assert next_fixed_batch(study_of(row), [row], label) == following
+
+
+def test_fixed_batches_that_never_ran_at_their_size_are_not_compared_with_the_next_one(run: Callable[..., Any]) -> None:
+    speeds = {4096: 1500.0, 1024: 1400.0, 512: 3000.0, 256: 2900.0}  # 4096 are more than the 1618 samples
+
+    def end(proposal: Proposal) -> Ended:
+        batch = proposal.settings["max_batch_size"]
+        made = {"samples_per_second": speeds.get(batch, 1.0), "batch_size_mean": min(batch, 1618.0)}
+        return Ended("ok", "finished", figures() | made, 1.0)
+
+    study, started = run(TEXT.replace("high: 256", "high: 4096") + "baselines: [fixed batch]\n", end)
+    assert [each.label for each in started[4:]] == [f"fixed batch {size}" for size in speeds]
+    best = best_fixed(study.record())
+    assert best is not None
+    assert best.label == "fixed batch 512"
+
+
+def test_trials_that_share_a_device_are_said_to_be_slower_beside_each_other_where_speed_is_searched_for(
+    run: Callable[..., Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    text = TEXT + "baselines: [fixed batch]\nconfirm: {top: 1, seeds: 1}\n"
+    shared = text + "resources: {concurrent_trials: 3}\n"
+    said = "Up to 3 trials at once share a device and slow each other down. Baselines may have had fewer beside them"
+    study, _ = run(shared, fits_64, "shared")
+    record = study.record()
+    assert said in remarks(record)[0]
+    assert said in confirmation(record, choose_best(record))
+    write_all(study.directory)
+    assert said in caplog.text
+    assert status(study.directory) == 0
+    assert said in capsys.readouterr().out
+    assert remarks(run(text, fits_64, "alone")[0].record()) == []
+    assert remarks(run(shared + "objective: val_loss\n", fits_64, "loss")[0].record()) == []
+    assert remarks(run(shared.replace("baselines: [fixed batch]\n", ""), fits_64, "none")[0].record()) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "most"),
+    [
+        ("fixed: {device: cpu}", 1),
+        ("fixed: {device: cpu}\nresources: {concurrent_trials: 4}", 4),
+        ("resources: {concurrent_trials: 4}", 1),
+        ("resources: {gpus_per_trial: 0.3}", 3),
+        ("resources: {gpus_per_trial: 0.3, concurrent_trials: 2}", 2),
+        ("resources: {gpus_per_trial: 2}", 1),
+    ],
+)
+def test_how_many_trials_share_a_device_follows_from_the_device_and_the_resources(
+    space: Callable[[str], Space], lines: str, most: int
+) -> None:
+    assert space(f"{lines}\nsearch: {{lr: {{low: 0.1, high: 0.2}}}}\n").sharers == most
+
+
 def test_a_fixed_batch_never_exceeds_an_effective_batch_that_is_asked_for(run: Callable[..., Any]) -> None:
     text = TEXT.replace("small_cnn}", "small_cnn, effective_batch_size: 64}") + "baselines: [fixed batch]\n"
     _, started = run(text, fits_64)
@@ -238,6 +334,23 @@ def test_the_default_settings_are_run_again_now_and_then_with_the_same_seed(run:
     _, started = run(TEXT.replace("trials: 4", "trials: 7") + "anchor_every: 3\n", speed_of_lr)
     assert [each.stage for each in started] == [*(["search"] * 4 + ["anchor"]), *(["search"] * 3 + ["anchor"])]
     assert (started[4].seed, started[4].values) == (started[0].seed, started[0].values)
+
+
+def test_defaults_that_are_run_again_among_short_trials_are_short_as_well(run: Callable[..., Any]) -> None:
+    text = TEXT.replace("trials: 4", "trials: 1") + "screen: {trials: 4, share: 0.25}\nbudget: {steps: 100}\n"
+    _, started = run(text + "anchor_every: 3\n", speed_of_lr)
+    assert [each.stage for each in started] == [*["screen"] * 4, "anchor", "train"]
+    assert [each.settings["max_steps"] for each in started] == [25, 25, 25, 25, 25, 100]
+
+
+def test_drift_is_told_against_the_run_of_the_defaults_that_was_as_long() -> None:
+    def ran(number: int, speed: float, stage: str, samples: int) -> TrialRecord:
+        made = trial(number, speed, stage, "default")
+        return replace(made, figures={"samples_per_second": speed, "samples": samples})
+
+    screened, trained = ran(0, 100.0, "screen", 400), ran(3, 1000.0, "train", 1600)
+    short, long = ran(1, 104.0, "anchor", 400), ran(2, 970.0, "anchor", 1600)
+    assert "measured +4.0 %, -3.0 % against" in anchor_drift(study_of(screened, short, long, trained))
 
 
 def test_later_stages_have_the_settings_of_the_first_trial_and_not_others_that_are_called_the_same(
@@ -369,6 +482,20 @@ def test_a_trial_that_is_confirmed_on_the_fewer_seeds_now_asked_for_can_be_the_b
     best = choose_best(study.record())
     assert best is not None
     assert (numbers, best.number) == ([7, 8, 9], 7)
+
+
+def test_the_rule_of_choice_says_whether_single_runs_or_means_decided() -> None:
+    one_run = "the feasible trial with the highest samples_per_second"
+    assert rule_of_choice(study_of(trial(0, 10.0))) == one_run
+    confirmed = study_of(trial(0, 10.0), trial(1, 5.0, "confirm", "trial 0"))
+    of_means = "of the trials that were run again and were feasible with every seed, the one with the highest mean "
+    assert rule_of_choice(confirmed) == f"{of_means}samples_per_second"
+    refuted = study_of(trial(0, 10.0), trial(1, 9.0), trial(2, 5.0, "confirm", "trial 0", "infeasible"))
+    assert rule_of_choice(refuted) == one_run
+    two = replace(confirmed, objectives=[*confirmed.objectives, Objective("val_loss", "minimize")])
+    two = replace(two, trials=[replace(each, values=(1.0, 2.0)) for each in two.trials])
+    assert rule_of_choice(two).endswith("the one on the Pareto front of the means of samples_per_second, val_loss that "
+                                        "is nearest to the best value of each")  # fmt: skip
 
 
 def test_a_winner_that_is_infeasible_with_another_seed_is_out() -> None:
@@ -755,12 +882,54 @@ def test_a_study_of_the_same_thing_is_known_and_its_best_are_tried_first(
     text = TEXT.replace("trials: 4", "trials: 7") + f"warm_start: ['{tmp_path / 'earlier'}']\n"
     study, started = run(text, speed_of_lr, "later")
     best = sorted(first, key=lambda each: abs(each.values["lr"] - 0.01))[:5]
-    assert [each.values for each in started[1:6]] == [each.values for each in best]
-    assert started[1].label == "from s"
+    assert best[4].label == "default", "which is tried anyway"
+    assert [each.values for each in started[1:5]] == [each.values for each in best[:4]]
+    assert [each.label for each in started] == ["default", *["from s"] * 4, "", ""]
     states = [each.state for each in study._study.get_trials() if "earlier" in each.user_attrs]
     assert states == [TrialState.COMPLETE] * 8
     assert len(load_study(study.directory).trials) == 7
     assert (earlier.directory / JOURNAL).is_file()
+
+
+def test_none_among_the_choices_is_taken_from_an_earlier_study_like_any_other_choice(
+    run: Callable[..., Any], space: Callable[[str], Space], tmp_path: Path
+) -> None:
+    text = "trials: 6\nfixed: {device: cpu}\nsearch:\n  effective_batch_size: {values: [null, 256]}\n"
+
+    def none_is_fastest(proposal: Proposal) -> Ended:
+        return Ended("ok", "", figures(0.001 if proposal.values["effective_batch_size"] else 0.01), 1.0)
+
+    earlier, first = run(text, none_is_fastest, "earlier")
+    assert any(each.values == {"effective_batch_size": None} for each in first)
+    study = SearchStudy.create(tmp_path / "s", space(text), text, {})
+    assert study.learn_from(earlier.directory) == 6
+    assert best_settings(earlier.record(), space(text))[0] == {"effective_batch_size": None}
+    ranged = space(text.replace("values: [null, 256]", "low: 64, high: 256"))
+    assert not contains(ranged.search["effective_batch_size"], None)
+    assert {None, 256} == {params["effective_batch_size"] for _, params in usable_trials(earlier.record(), space(text))}
+    assert all(params["effective_batch_size"] for _, params in usable_trials(earlier.record(), ranged))
+
+
+def test_settings_of_an_earlier_study_that_have_run_or_wait_here_are_not_tried_twice(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def default_is_best(proposal: Proposal) -> Ended:
+        return Ended("ok", "", figures(0.01 if proposal.values["lr"] == 0.001 else proposal.values["lr"] / 100), 1.0)
+
+    choice = "  optimizer: {values: [adamw, sgd]}\n  momentum: {low: 0.5, high: 0.95, when: {optimizer: sgd}}\n"
+    text = TEXT.replace("trials: 4", "trials: 3") + choice
+    for name in ("one", "two"):  # the same trials in both
+        run(text, default_is_best, name)
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    _, started = run(text.replace("trials: 3", "trials: 5") + f"warm_start: {folders}\n", default_is_best, "later")
+    assert [each.label for each in started] == ["default", "from s", "from s", "", ""]
+    assert len({json.dumps(each.values, sort_keys=True) for each in started}) == 5
+
+
+def test_defaults_beyond_a_range_with_steps_are_its_end_and_not_above_it(space: Callable[[str], Space]) -> None:
+    # 0.1 + 6 * 0.1 is 0.7000000000000001
+    made = default_values(space("search:\n  momentum: {low: 0.1, high: 0.7, step: 0.1}\n"))
+    assert made == {"momentum": 0.7}
 
 
 def test_a_sampler_that_knows_no_constraints_learns_the_worst_of_an_earlier_trial_that_broke_one(
@@ -832,3 +1001,41 @@ def test_the_page_shows_the_best_by_the_mean_of_its_confirmation_and_not_by_the_
     shown = tiles(study_of(chosen, first, *again), chosen, first)
     assert "<b>125</b>samples/s<span>best: trial 0, ± 7.071, 2 runs</span>" in shown
     assert "<b>1.25×</b>the default settings<span>default: 100, 2 runs</span>" in shown
+
+
+# --- the errors of the halving baseline
+
+
+def events_of(folder: Path) -> list[tuple[str, str]]:
+    """(kind, micro-batch) of each row of the trial's events.csv."""
+    with (folder / "events.csv").open(encoding="utf-8", newline="") as file:
+        return [(row["kind"], row["micro_batch"]) for row in csv.DictReader(file)]
+
+
+def test_the_errors_of_all_attempts_of_the_halving_are_events_of_its_trial(tmp_path: Path) -> None:
+    settings = {
+        "device": "cpu", "dataset": "digits", "model": "small_cnn", "memory_limit_gb": 0.008,
+        "target_headroom_gb": 0.001, "max_batch_size": 512, "effective_batch_size": 512, "max_steps": 2,
+    }  # fmt: skip
+    said: list[tuple[int, int]] = []
+    found = halving(settings, tmp_path, lambda p: said.append((p["step"], p["oom_events"])), lambda: False)
+    assert events_of(tmp_path) == [("out_of_memory", "512"), ("out_of_memory", "256")]
+    assert found["oom_events"] == 2
+    # each begins from nothing, and so does the script of the neighbour
+    assert [errors for step, errors in said if step == 0] == [1, 2]
+
+
+def test_the_errors_of_a_halving_that_never_fits_are_events_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(settings: Mapping[str, Any], directory: Path, *_: Any) -> None:
+        directory.mkdir()
+        row = f"out_of_memory,{settings['max_batch_size']}\r\n"
+        (directory / "events.csv").write_text("kind,micro_batch\r\n" + row, encoding="utf-8", newline="")
+        if settings["max_batch_size"] == 1:
+            raise OutOfMemoryForGoodError("nothing fits")
+
+    monkeypatch.setattr("acmds_tune.baselines.until_error", attempt)
+    with pytest.raises(OutOfMemoryForGoodError, match="nothing fits"):
+        halving({"max_batch_size": 3}, tmp_path, lambda _: None, lambda: False)
+    assert events_of(tmp_path) == [("out_of_memory", "3"), ("out_of_memory", "1")]

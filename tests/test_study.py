@@ -70,6 +70,11 @@ def resumed(study: SearchStudy, space: Space | None = None) -> SearchStudy:
     return SearchStudy.resume(study.directory, space or study.space)
 
 
+def resumed_with(study: SearchStudy, objective: str | None) -> SearchStudy:
+    study.close()
+    return SearchStudy.resume(study.directory, study.space, objective=objective)
+
+
 def test_the_first_trial_has_the_default_settings(create: Callable[..., SearchStudy]) -> None:
     proposal = create().propose()
     assert proposal.values == {"lr": 1e-3, "batch_policy": "hold"}
@@ -231,6 +236,45 @@ def test_settings_that_were_interrupted_twice_are_not_tried_a_third_time(create:
     for _ in range(2):
         study.finish(study.propose().number, Ended("stopped", "interrupted", {}, 1.0), interrupted=True)
     assert study.propose().values["lr"] != 1e-3
+
+
+def test_the_defaults_are_tried_anew_in_a_resumed_search_until_a_trial_of_them_counts(
+    create: Callable[..., SearchStudy],
+) -> None:
+    study = create()
+    for _ in range(2):
+        assert study.propose().values["lr"] == 1e-3
+        study = resumed(study)  # which was killed
+        study = resumed(study)  # and is not asked for a trial: they are put in line once
+    waiting = [trial.user_attrs["label"] for trial in trials(study) if trial.state == TrialState.WAITING]
+    assert waiting == ["default"]
+    other = resumed(study).propose()
+    assert (other.label, other.values) == ("default", {"lr": 1e-3, "batch_policy": "hold"})
+
+
+@pytest.mark.parametrize("status", ["ok", "crashed"])
+def test_defaults_that_have_been_tried_are_not_put_in_line_again(
+    create: Callable[..., SearchStudy], status: str
+) -> None:
+    study = create()
+    study.finish(study.propose().number, Ended(status, "why", figures(), 1.0))
+    again = resumed(study)
+    assert [trial.state for trial in trials(again)] == [TrialState.COMPLETE]
+    assert again.propose().label == ""
+
+
+def test_a_search_that_ended_without_a_trial_of_the_defaults_has_one_where_it_is_extended(
+    create: Callable[..., SearchStudy], space: Callable[..., Space]
+) -> None:
+    study = create()
+    for _ in range(2):
+        study.finish(study.propose().number, Ended("stopped", "interrupted", {}, 1.0), interrupted=True)
+    while study.missing:
+        study.finish(study.propose().number, OK)
+    study = resumed(study)
+    assert study.missing == 0
+    study = resumed(study, space(trials=7))
+    assert [study.propose().label, study.missing] == ["default", 0]
 
 
 def test_after_a_kill_a_running_trial_is_crashed_and_replaced(create: Callable[..., SearchStudy]) -> None:
@@ -432,6 +476,32 @@ def test_an_early_study_that_does_not_know_where_it_began_is_resumed_from_here(
     kept = {name: value for name, value in about.items() if name not in ("working_directory", "import_path")}
     study._study.set_user_attr("acmds", kept)
     assert resumed(study).working_directory == str(Path.cwd())
+
+
+def test_a_study_keeps_the_objective_that_its_trials_have(create: Callable[..., SearchStudy], tmp_path: Path) -> None:
+    study = create()
+    assert study.objective == "acmds_tune.objective:run"
+    with pytest.raises(ConfigError, match=r"acmds_tune\.objective:run in the study, mine:other now"):
+        resumed_with(study, "mine:other")
+    assert SearchStudy.resume(study.directory, study.space).objective == "acmds_tune.objective:run"
+    own = SearchStudy.create(tmp_path / "own", study.space, TEXT, {}, "mine:objective")
+    for given in (None, "mine:objective"):
+        own = resumed_with(own, given)
+        assert own.objective == "mine:objective"
+
+
+def test_an_early_study_that_does_not_know_its_objective_has_the_trainers_or_the_one_that_is_given(
+    create: Callable[..., SearchStudy],
+) -> None:
+    study = create()
+    about = study._study.user_attrs["acmds"]
+    study._study.set_user_attr("acmds", {name: value for name, value in about.items() if name != "objective"})
+    study = resumed_with(study, None)
+    assert study.objective == "acmds_tune.objective:run"
+    study = resumed_with(study, "mine:objective")
+    assert study.objective == "mine:objective"
+    with pytest.raises(ConfigError, match="mine:objective in the study, mine:other now"):
+        resumed_with(study, "mine:other")
 
 
 def test_a_folder_without_a_study_cannot_be_resumed(tmp_path: Path, space: Callable[..., Space]) -> None:

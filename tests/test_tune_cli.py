@@ -178,6 +178,68 @@ def test_a_study_is_extended_by_more_trials_and_never_by_fewer(
     assert "trials: 0: input should be greater than or equal to 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("screen", ["", "screen: {trials: 6}\n"])
+def test_a_study_is_extended_from_what_it_has_where_that_is_more_than_it_was_asked_for_last(
+    tmp_path: Path, screen: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TEXT.replace("trials: 2", "trials: 4") + f"{screen}anchor_every: 2\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    made = SearchStudy.create(tmp_path / "mine", load(tmp_path / "mine.yaml"), text, {})
+    interrupted = made.propose()  # it does not count
+    made.finish(interrupted.number, Ended("stopped", "the search was interrupted"), interrupted=True)
+    while made.missing:
+        made.finish(made.propose().number, Ended("ok", "finished", figures(), 1.0))
+    made.close()
+    fewer = load(tmp_path / "mine.yaml", overrides={"trials": 2}, resumed=True)
+    SearchStudy.resume(tmp_path / "mine", fewer).close()  # as `resume --trials 2` does
+    asked = []
+
+    def run_search(space: Space, directory: Path, *_: Any, **__: Any) -> SearchResult:
+        asked.append(space.trials)
+        return SearchResult(directory, None, "", 0)
+
+    monkeypatch.setattr(search, "run_search", run_search)
+    main(["extend", str(tmp_path / "mine"), "--trials", "+1"])
+    main(["extend", str(tmp_path / "mine"), "--trials", "6"])
+    main(["resume", str(tmp_path / "mine")])
+    assert asked == [5, 6, 2]
+    assert main(["extend", str(tmp_path / "mine"), "--trials", "3"]) == 2
+    assert "the study has 4 already; write +3?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbegun", [False, True])
+def test_names_are_checked_also_with_resume_while_there_is_no_study_to_go_on_with(
+    tmp_path: Path, unbegun: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "run_search", lambda *_, **__: pytest.fail("it was started"))
+    path = tmp_path / "other.yaml"
+    path.write_text(TEXT.replace("small_cnn", "smal_cnn") + "name: mine\n", encoding="utf-8")
+    if unbegun:  # by a search that was killed
+        (tmp_path / "results" / "mine").mkdir(parents=True)
+        (tmp_path / "results" / "mine" / ".lock").touch()
+    arguments = ["search", str(path), "--resume", "--results-dir", str(tmp_path / "results")]
+    assert main(arguments) == 2
+    assert main([*arguments, "--name", "another"]) == 2
+    assert capsys.readouterr().err.count("fixed.model: no model named 'smal_cnn'") == 2
+
+
+def test_a_study_that_has_begun_is_gone_on_with_by_its_file_whatever_has_become_of_its_data(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, bool]] = []
+
+    def run_search(space: Space, directory: Path, *_: Any, **options: Any) -> SearchResult:
+        asked.append((directory, options["resume"]))
+        return SearchResult(directory, None, "", 0)
+
+    monkeypatch.setattr(search, "run_search", run_search)
+    text = TEXT.replace("digits", "gone/data") + f"warm_start: ['{tmp_path / 'gone'}']\n"
+    (tmp_path / "other.yaml").write_text(text, encoding="utf-8")
+    arguments = ["search", str(tmp_path / "other.yaml"), "--resume", "--results-dir", str(study.parent)]
+    assert main([*arguments, "--name", "mine"]) == 1
+    assert asked == [(study, True)]
+
+
 def test_a_study_is_extended_from_its_journal_alone(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (study / "study.yaml").unlink()
     asked: list[int] = []
@@ -343,6 +405,25 @@ def test_the_dashboard_is_served_from_the_journal_or_says_how_to_install_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert main(["dashboard", str(study), "--port", "8123"]) == 0
     assert served == [(1, "127.0.0.1", 8123)]
+
+
+@pytest.mark.parametrize(
+    ("port", "error", "code", "said"),
+    [
+        ("99999", None, 2, "--port 99999: write a number from 1 to 65535"),
+        ("80", PermissionError(13, "Permission denied"), 1, "port 80: Permission denied; give another one with --port"),
+    ],
+)
+def test_a_port_that_cannot_be_had_is_told(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, port, error, code, said
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("acmds_tune.storage.serve_dashboard", refuse)
+    assert main(["dashboard", str(study), "--port", port]) == code
+    assert said in capsys.readouterr().err
 
 
 def test_every_search_space_fits_the_schema_and_a_misspelt_key_does_not(capsys: pytest.CaptureFixture[str]) -> None:

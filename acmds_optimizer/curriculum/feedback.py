@@ -96,15 +96,19 @@ class Feedback:
             state["scoring"] = save()
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, with_scores: bool = True) -> None:
         """Continue from `state_dict()`; parts that were not there before start afresh.
+
+        Args:
+            state: what to continue from.
+            with_scores: whether its scores are those of the scoring function that is in use now.
 
         Raises:
             ValueError: it belongs to a data set of another size.
         """
-        if "scores" in state:
+        if with_scores:
             self.scores.load_state_dict(state["scores"])
+            if callable(load := getattr(self.scoring, "load_state_dict", None)) and "scoring" in state:
+                load(state["scoring"])
         if self.gate is not None and "gate" in state:
             self.gate.load_state_dict(state["gate"])
-        if callable(load := getattr(self.scoring, "load_state_dict", None)) and "scoring" in state:
-            load(state["scoring"])

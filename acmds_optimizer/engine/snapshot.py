@@ -52,11 +52,12 @@ def restore(trainer: ACMDSTrainer, state: dict[str, Any]) -> None:
             part = state[name]
             if name == "optimizer":  # goes on in the tensors that it is given where they need not be moved
                 part = tree_map(lambda leaf: _own(leaf, trainer.device), part)
-            elif name == "feedback" and state["config"].get("scoring", "loss") != trainer.config.scoring:
-                part = {key: value for key, value in part.items() if key == "gate"}  # other scores mean something else
-            getattr(trainer, name).load_state_dict(part)
-            if name == "feedback":  # by which the sampler, the next part, plans
-                trainer.sampler.flagged = trainer.feedback.ignored
+            if name == "feedback":
+                same = state["config"].get("scoring", "loss") == trainer.config.scoring
+                trainer.feedback.load_state_dict(part, with_scores=same)
+                trainer.sampler.flagged = trainer.feedback.ignored  # by which the sampler, the next part, plans
+            else:
+                getattr(trainer, name).load_state_dict(part)
         trainer.scores.drop()
         # the optimizer has put tensors of its own in place of those that the guard has made
         trainer.controller.memory.track([list(values.values()) for values in trainer.optimizer.state.values()])
