@@ -26,7 +26,7 @@ from typing import Any
 
 from acmds_optimizer.files import replacing
 from acmds_tune import host_memory, nvml
-from acmds_tune.neighbour import Script
+from acmds_tune.neighbour import Neighbour, Script
 from acmds_tune.objective import (
     DEFAULT_OBJECTIVE,
     Ended,
@@ -120,8 +120,6 @@ class TrialProcess:
         self._stop_deadline = float("inf")
         self._stop_file = Path(task.directory) / STOP_FILE
         self._kernel_kills = host_memory.kills()
-        self._gpus = _gpus(task)
-        self._gpu_bytes = {gpu: nvml.used_bytes(gpu) for gpu in self._gpus if not task.gpu_shared}
         self._busy_seconds = self._busy_measured = 0.0
         self._started = self._heard = self._measured = time.monotonic()
         # Ray sets 1; torch reads it when the fork server imports it
@@ -130,9 +128,14 @@ class TrialProcess:
         context.set_forkserver_preload(_preloaded(task))
         self._receive, send = context.Pipe(duplex=False)
         lifeline, self._lifeline = context.Pipe(duplex=False)  # its other end closes when this process ends
-        self._process = context.Process(target=_main, args=(task, send, lifeline), name=f"trial-{task.number}")
         with _main_module_hidden():
             _start_fork_server()
+            self._neighbour = _take_neighbour(task)
+            self._gpus = _gpus(task)
+            self._gpu_bytes = {gpu: nvml.used_bytes(gpu) for gpu in self._gpus if not task.gpu_shared}
+            orders = self._neighbour.orders if self._neighbour is not None else None
+            arguments = (task, send, lifeline, orders)
+            self._process = context.Process(target=_main, args=arguments, name=f"trial-{task.number}")
             self._process.start()  # the first one returns when the fork server has imported torch
         self._began = time.monotonic()
         send.close()
@@ -229,6 +232,9 @@ class TrialProcess:
         if self._process.exitcode is None:  # it has not made its own group yet
             self._process.kill()
         self._process.join(STOP_GRACE_S)  # not for ever: a process stuck in a driver cannot be killed
+        if self._neighbour is not None:
+            _give_back(self.task, self._neighbour)
+            self._neighbour = None
 
     def _drain(self) -> dict[str, Any] | None:
         news = None
@@ -300,6 +306,36 @@ def _gpus(task: Task) -> list[str]:
     return nvml.visible_devices() if task.visible_devices is None else task.visible_devices.split(",")
 
 
+_neighbours: dict[tuple[str, str | None], list[Neighbour]] = {}
+"""Those that no trial has now, by their device and CUDA_VISIBLE_DEVICES."""
+
+
+def _place_of(task: Task) -> tuple[str, str | None]:
+    return str(task.settings.get("device", "cuda")), task.visible_devices
+
+
+def _take_neighbour(task: Task) -> Neighbour | None:
+    """A cleared one; None where the trial has none, or only the CPU's number."""
+    place = _place_of(task)
+    if not task.neighbour or place[0] == "cpu":
+        return None
+    waiting = _neighbours.get(place, [])
+    neighbour = waiting.pop() if waiting else Neighbour(*place)
+    if neighbour.clear():
+        return neighbour
+    neighbour.end()  # killed, say; a second one that does not answer is for the trial to tell
+    neighbour = Neighbour(*place)
+    neighbour.clear()
+    return neighbour
+
+
+def _give_back(task: Task, neighbour: Neighbour) -> None:
+    if neighbour.clear():
+        _neighbours.setdefault(_place_of(task), []).append(neighbour)
+    else:
+        neighbour.end()
+
+
 def request_stop(directory: Path, reason: str) -> None:
     """Ask the trial in `directory` to stop, on whatever machine it runs that shares the folder."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -349,7 +385,7 @@ def _start_fork_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _main(task: Task, send: Connection, lifeline: Connection) -> None:
+def _main(task: Task, send: Connection, lifeline: Connection, orders: Connection | None = None) -> None:
     """What the trial's process does."""
     with contextlib.suppress(BrokenPipeError):  # the search has given it up already, and the lifeline ends it
         send.send(("alive", None))
@@ -377,7 +413,7 @@ def _main(task: Task, send: Connection, lifeline: Connection) -> None:
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-    script = Script(task.neighbour, task.settings) if task.neighbour else None
+    script: Script | None = None
 
     def report(progress: dict[str, Any]) -> None:
         if script is not None:
@@ -385,11 +421,17 @@ def _main(task: Task, send: Connection, lifeline: Connection) -> None:
         with contextlib.suppress(BrokenPipeError):  # the search is gone, and so will this process be
             send.send(("progress", progress))
 
+    ended: Ended | None = None
+    if task.neighbour:
+        try:
+            script = Script(task.neighbour, task.settings, orders)
+        except (EOFError, OSError):
+            ended = Ended("error", "the neighbour's process has died, so the trial would have had none")
     try:
         objective = load_objective(task.objective)
     except Exception as error:  # noqa: BLE001 - a module that cannot be imported is an outcome like any other
         ended = Ended("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
-    else:
+    if ended is None:
         ended = evaluate(objective, task.settings, directory, report, lambda: stop_asked)
     write_outcome(directory, task.number, task.seed, ended)
     send.send(("ended", ended))

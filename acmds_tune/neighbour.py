@@ -6,6 +6,9 @@ On CUDA it is a real process; on the CPU's card a number that its budget is less
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = GIB // 4
 POLL_S = 0.02
+ANSWER_S = 60.0
+"""Seconds in which a neighbour answers: its first answer waits for CUDA to start."""
 _BALLAST_PIECE_BYTES = 4 * GIB
 
 
@@ -66,6 +71,11 @@ class Holder:
         """Give all but the ballast back."""
         self.take(0)
 
+    def clear(self) -> None:
+        """Give all back, the ballast as well."""
+        self._ballast.clear()
+        self.free()
+
     def poll(self) -> bool:
         """Take what is wanted and free; whether anything was taken."""
         before = len(self._pieces)
@@ -91,11 +101,11 @@ class Holder:
 
 
 def serve(connection: Connection, held: Any, device: str) -> None:
-    """Obey (order, bytes) tuples until `quit` or the end of the connection: leave, take, free.
+    """Obey (order, bytes) tuples until `quit` or the end of the connection: leave, take, free, clear.
 
     Args:
-        connection: `leave` is answered with None once it is done; the others are not answered.
-        held: a shared value of type double, kept at the bytes held.
+        connection: `leave` and `clear` are answered with their names once they are done; the others are not answered.
+        held: a shared value of type double, kept at the bytes held; None: nobody asks.
         device: as for `Holder`.
     """
     holder = Holder(device)
@@ -103,6 +113,7 @@ def serve(connection: Connection, held: Any, device: str) -> None:
         "leave": holder.leave,
         "take": holder.take,
         "free": lambda _: holder.free(),
+        "clear": lambda _: holder.clear(),
     }
     try:
         while True:
@@ -111,18 +122,66 @@ def serve(connection: Connection, held: Any, device: str) -> None:
                 if order == "quit":
                     return
                 orders[order](size)
-                if order == "leave":
-                    connection.send(None)
+                if order in ("leave", "clear"):
+                    connection.send(order)
             holder.poll()
-            held.value = float(holder.held_bytes)
+            if held is not None:
+                held.value = float(holder.held_bytes)
     except (EOFError, ConnectionError):
         return  # the run that it was the neighbour of is over
 
 
-def serve_alone(ours: Connection, theirs: Connection, held: Any, device: str) -> None:
-    """`serve` in a forked process, which must not itself keep the other end open that it waits for the end of."""
-    ours.close()
-    serve(theirs, held, device)
+class Neighbour:
+    """A process that holds memory of one card, for one trial after the other: its CUDA starts once, not in each.
+
+    It ends with the process that made it. To be made while the fork server's preload is set.
+
+    Args:
+        device: as for `Holder`.
+        visible_devices: CUDA_VISIBLE_DEVICES of it; None: that of the process that makes it.
+
+    Attributes:
+        orders: takes what `serve` obeys; of a trial at a time.
+    """
+
+    def __init__(self, device: str, visible_devices: str | None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.orders, theirs = context.Pipe()
+        arguments = (theirs, device, visible_devices)
+        self._process = context.Process(target=_serve_trials, args=arguments, daemon=True, name="neighbour")
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id."""
+        return self._process.pid
+
+    def clear(self) -> bool:
+        """Have it give all back, ballast included; whether it has answered within ANSWER_S."""
+        until = time.monotonic() + ANSWER_S
+        try:
+            self.orders.send(("clear", 0))
+            while self.orders.poll(max(0.0, until - time.monotonic())):
+                if self.orders.recv() == "clear":  # an answer before it may be to a trial that was killed
+                    return True
+        except (EOFError, OSError):
+            pass
+        return False
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.orders.close()
+
+
+def _serve_trials(orders: Connection, device: str, visible_devices: str | None) -> None:
+    os.setsid()  # Ctrl-C goes to the search only
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the fork server has it blocked
+    if visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
+    serve(orders, None, device)
 
 
 class Script:
@@ -131,31 +190,27 @@ class Script:
     Args:
         steps: (share of the trial that is done, GB that the neighbour holds from then on), ascending.
         settings: of the trial: its device, and the memory that its card is to have.
+        orders: of a cleared `Neighbour`, on CUDA.
 
     On CUDA the neighbour first takes so much that only memory_limit_gb are free, so that on a larger card, too, what it
     takes later is missing. It must be made before this process starts CUDA.
+
+    Raises:
+        EOFError, OSError: the neighbour does not live.
     """
 
-    def __init__(self, steps: Sequence[tuple[float, float]], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, steps: Sequence[tuple[float, float]], settings: Mapping[str, Any], orders: Connection | None = None
+    ) -> None:
         self._steps = list(steps)
         self._due = 0
         """Steps of the script that are carried out."""
         self._reached: dict[str, float] = {}
-        self._orders: Connection | None = None
-        device = str(settings.get("device", "cuda"))
         self._seconds = settings.get("max_seconds")
-        if device == "cpu":
-            return
-        context = multiprocessing.get_context("fork")  # torch is imported here already, and CUDA is not started
-        self._orders, theirs = context.Pipe()
-        held = context.Value("d", 0.0)
-        # of the trial's process group, so it ends with it
-        orders = (self._orders, theirs, held, device)
-        context.Process(target=serve_alone, args=orders, daemon=True, name="neighbour").start()
-        theirs.close()
-        if settings.get("memory_limit_gb"):
-            self._orders.send(("leave", int(settings["memory_limit_gb"] * GIB)))
-            self._orders.recv()
+        self._orders = orders
+        if orders is not None and settings.get("memory_limit_gb"):
+            orders.send(("leave", int(settings["memory_limit_gb"] * GIB)))
+            orders.recv()
 
     def follow(self, progress: Mapping[str, Any]) -> None:
         """The trial is so far. Where it has begun anew, as the halving baseline does, so does the script."""

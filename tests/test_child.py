@@ -21,7 +21,7 @@ import pytest
 from acmds_optimizer.memory.device import BudgetedCpuMemory, occupy_cpu_cards
 from acmds_tune import child, host_memory, nvml
 from acmds_tune.child import Task, TrialProcess, _preloaded
-from acmds_tune.neighbour import PIECE_BYTES, Holder, Script, serve_alone
+from acmds_tune.neighbour import PIECE_BYTES, Holder, Neighbour, Script, serve
 from acmds_tune.objective import Ended, evaluate, figures_of, figures_so_far, read_outcome
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,18 +395,84 @@ def test_a_neighbour_that_is_to_hold_less_gives_the_rest_back() -> None:
         assert holder.held_bytes == held * PIECE_BYTES
 
 
-def test_a_neighbour_process_holds_what_it_is_told_and_ends_with_its_trial() -> None:
+def test_a_neighbour_process_holds_what_it_is_told_and_ends_with_its_connection() -> None:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     held = context.Value("d", 0.0)
-    process = context.Process(target=serve_alone, args=(ours, theirs, held, "cpu"), daemon=True)
+
+    def serve_alone() -> None:
+        ours.close()
+        serve(theirs, held, "cpu")
+
+    process = context.Process(target=serve_alone, daemon=True)
     process.start()
     theirs.close()
     ours.send(("take", 3 * 2**20))
     wait_until(lambda: held.value == 3 * 2**20)
+    ours.send(("leave", 0))
+    ours.send(("clear", 0))
+    assert [ours.recv(), ours.recv()] == ["leave", "clear"]
+    wait_until(lambda: held.value == 0)
     ours.close()
     process.join(SOON_S)
     assert process.exitcode == 0
+
+
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, list[Neighbour]]]:
+    """Those that wait for a trial; they hold memory of the CPU, for trials that think they have a GPU."""
+    waiting: dict[Any, list[Neighbour]] = {}
+    monkeypatch.setattr(child, "_neighbours", waiting)
+    monkeypatch.setattr(child, "Neighbour", lambda device, visible: Neighbour("cpu", visible))
+    yield waiting
+    for each in chain.from_iterable(waiting.values()):
+        each.end()
+
+
+BESIDE = {"settings": {"device": "cuda", "memory_limit_gb": 1.0}, "neighbour": [(0.0, 1.0)]}
+
+
+def test_one_neighbour_serves_trial_after_trial_also_where_one_is_killed(
+    start: Callable[..., TrialProcess], neighbours: dict[Any, list[Neighbour]]
+) -> None:
+    served = []
+    for killed in (False, True, False):
+        trial = start("goes_on" if killed else "ok", **BESIDE)
+        assert not any(neighbours.values()), "the trial has it"
+        if killed:
+            while trial.poll(0.1) is None:  # then it has told the neighbour what to hold
+                pass
+            trial.kill()
+        else:
+            assert end_of(trial).status == "ok"
+        served += neighbours["cuda", None]
+    assert len({neighbour.pid for neighbour in served}) == 1
+    assert len(served) == 3
+    assert is_alive(served[0].pid or 0)
+
+
+def test_a_neighbour_that_was_killed_is_replaced(
+    start: Callable[..., TrialProcess], neighbours: dict[Any, list[Neighbour]]
+) -> None:
+    assert end_of(start("ok", **BESIDE)).status == "ok"
+    [[neighbour]] = neighbours.values()
+    os.kill(neighbour.pid or 0, signal.SIGKILL)
+    assert end_of(start("ok", **BESIDE)).status == "ok"
+    [[another]] = neighbours.values()
+    assert another is not neighbour
+    assert is_alive(another.pid or 0)
+
+
+def test_a_trial_whose_neighbour_cannot_live_ends_with_an_error(
+    start: Callable[..., TrialProcess], neighbours: dict[Any, list[Neighbour]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "Neighbour", lambda device, visible: Neighbour("no device", visible))
+    ended = end_of(start("ok", **BESIDE))
+    assert (ended.status, ended.reason) == (
+        "error",
+        "the neighbour's process has died, so the trial would have had none",
+    )
+    assert not any(neighbours.values())
 
 
 def test_the_fork_server_imports_the_trainer_also_where_the_first_trial_is_the_plants_short_runs() -> None:
