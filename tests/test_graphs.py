@@ -442,22 +442,23 @@ def test_launches_of_eager_micro_batches_are_timed():
     assert min(step.graphs._launches) > 0.0
 
 
-def test_steps_that_wait_to_learn_of_an_overflow_say_nothing_of_launches():
+@pytest.mark.parametrize(("launch_s", "due"), [(0.01, False), (0.05, True)])
+def test_steps_that_wait_to_learn_of_an_overflow_are_judged_by_their_launch_alone(launch_s, due):
     _, step = step_of(True)
     graphs = step.graphs
     assert graphs is not None
     del graphs._is_due
     graphs._only_if_faster, graphs._used, graphs._optimizer_eager = True, (True,), False
     graphs._uses[64] = 100
-    graphs._launches.append(0.01)
+    graphs._launches.append(launch_s)
     step.guard.scaler = cast(Any, object())
     for _ in range(5):
         graphs.timed(Timing(64, 0.1, waited=True))
-    assert not graphs._is_due(64)
+    assert graphs._is_due(64) is due
     graphs._optimizer = cast(Any, object())  # from now on the scaler asks within the graph
-    for waited in (True, False, False):
-        graphs.timed(Timing(64, 0.1, waited=waited))
-    assert not graphs._is_due(64)
+    for _ in range(6):
+        graphs.timed(Timing(64, 0.1, waited=True))
+    assert graphs._is_due(64)
 
 
 @pytest.mark.parametrize(("replay_s", "kept"), [(0.0985, False), (0.098, True)])

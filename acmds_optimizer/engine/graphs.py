@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -223,8 +223,9 @@ class GraphedMicroBatches:
             return
         size = timing.micro_batch
         if not timing.replayed:
-            if not self._asks_the_gpu:
-                self._eager[size].append(timing)
+            if self._asks_the_gpu:
+                timing = replace(timing, waited=False)
+            self._eager[size].append(timing)
             return
         replays, eager = self._replays[size], self._eager[size]
         if len(replays) == _TIMINGS or size not in self._graphs or not eager:
