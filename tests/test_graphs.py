@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from acmds_optimizer import CurriculumConfig, Guard, MemoryPressureController
 from acmds_optimizer.engine.batches import Batch
+from acmds_optimizer.engine.graphs import GraphedMicroBatches
 from acmds_optimizer.engine.loss import TrainingLoss
 from acmds_optimizer.engine.replayable import can_be_captured
 from acmds_optimizer.engine.step import StepClock, Timing, TrainStep
@@ -394,6 +395,17 @@ def test_a_graph_that_does_not_pay_goes_with_that_of_the_part_that_is_one_sample
     assert list(graphs._graphs) == [64]
 
 
+def undecided() -> GraphedMicroBatches:
+    """Graphs that are kept where they are faster, and micro-batches of 64 that were used often enough for one."""
+    _, step = step_of(True)
+    graphs = step.graphs
+    assert graphs is not None
+    del graphs._is_due
+    graphs._only_if_faster, graphs._used = True, (True,)
+    graphs._uses[64] = 100
+    return graphs
+
+
 @pytest.mark.parametrize(
     ("waits", "due"),
     [
@@ -405,12 +417,7 @@ def test_a_graph_that_does_not_pay_goes_with_that_of_the_part_that_is_one_sample
     ],
 )
 def test_a_size_is_captured_where_the_gpu_waited_for_the_host_in_most_of_its_newest_steps(waits, due):
-    _, step = step_of(True)
-    graphs = step.graphs
-    assert graphs is not None
-    del graphs._is_due
-    graphs._only_if_faster, graphs._used = True, (True,)
-    graphs._uses[64] = 100
+    graphs = undecided()
     graphs._launches.append(0.01)
     for waited in waits:
         graphs.timed(Timing(64, 0.1, waited=waited))
@@ -421,12 +428,7 @@ def test_a_size_is_captured_where_the_gpu_waited_for_the_host_in_most_of_its_new
     ("launches", "due"), [([0.3, 0.041], True), ([0.3, 0.039], False), ([0.001, *[0.041] * 64], True)]
 )
 def test_a_size_is_captured_where_its_steps_take_little_longer_than_their_launch(launches, due):
-    _, step = step_of(True)
-    graphs = step.graphs
-    assert graphs is not None
-    del graphs._is_due
-    graphs._only_if_faster, graphs._used = True, (True,)
-    graphs._uses[64] = 100
+    graphs = undecided()
     graphs._launches.extend(launches)
     for _ in range(5):
         graphs.timed(Timing(64, 0.1, waited=False))
@@ -444,14 +446,10 @@ def test_launches_of_eager_micro_batches_are_timed():
 
 @pytest.mark.parametrize(("launch_s", "due"), [(0.01, False), (0.05, True)])
 def test_steps_that_wait_to_learn_of_an_overflow_are_judged_by_their_launch_alone(launch_s, due):
-    _, step = step_of(True)
-    graphs = step.graphs
-    assert graphs is not None
-    del graphs._is_due
-    graphs._only_if_faster, graphs._used, graphs._optimizer_eager = True, (True,), False
-    graphs._uses[64] = 100
+    graphs = undecided()
+    graphs._optimizer_eager = False
     graphs._launches.append(launch_s)
-    step.guard.scaler = cast(Any, object())
+    graphs._step.guard.scaler = cast(Any, object())
     for _ in range(5):
         graphs.timed(Timing(64, 0.1, waited=True))
     assert graphs._is_due(64) is due

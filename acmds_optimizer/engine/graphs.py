@@ -70,8 +70,8 @@ class GraphedMicroBatches:
 
     Args:
         step: the eager step; its model, scaler and autocast settings are captured.
-        only_if_faster: whether a size is captured only where the GPU was seen to wait for launches, and its graph kept
-            only if it gains 2 %.
+        only_if_faster: whether a size is captured only where its steps were seen to wait for launches, and its graph
+            kept only if it gains 2 %.
     """
 
     def __init__(self, step: TrainStep, *, only_if_faster: bool = False) -> None:

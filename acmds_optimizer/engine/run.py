@@ -31,7 +31,14 @@ from acmds_optimizer.engine.prepare import build_optimizer
 from acmds_optimizer.engine.scalars import ScalarLog, open_scalar_logs
 from acmds_optimizer.engine.telemetry import Outcome, Progress, Recorder, to_plain, together
 from acmds_optimizer.engine.trainer import ACMDSTrainer
-from acmds_optimizer.errors import CheckpointError, ConfigError, DataError, DivergedError, OutOfMemoryForGoodError
+from acmds_optimizer.errors import (
+    ACMDSError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    OutOfMemoryForGoodError,
+)
 from acmds_optimizer.files import write_json
 from acmds_optimizer.memory.device import open_memory, prefer_expandable_segments, usable_device
 from acmds_optimizer.zoo.datasets import DataBundle, build_data, class_count
@@ -205,7 +212,10 @@ def _train(
         trainer.fit(after_epoch)
     except Exception:
         if trainer.unvalidated and not trainer.ranks.several:  # its validation failed, but the epoch is trained
-            save()
+            try:
+                save()
+            except ACMDSError as error:
+                logger.warning("the epoch that was trained could not be saved: %s", error)
         raise
     finally:
         epochs.close()
