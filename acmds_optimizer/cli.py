@@ -381,7 +381,8 @@ def _make_bar() -> Bar:
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[text]}", table_column=Column(no_wrap=False)),  # only the text gives way: to more lines
     )
-    return Progress(*columns, console=console(), transient=True)
+    # to draw it takes the interpreter a millisecond, in which no step is launched
+    return Progress(*columns, console=console(), transient=True, refresh_per_second=1)
 
 
 def describe(progress: Progress) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console
 import acmds_optimizer.console
 from acmds_optimizer import cli
 from acmds_optimizer.config import TrainConfig, field_help, field_names, load, read_file, to_dict
+from acmds_optimizer.engine.telemetry import Progress
 from acmds_optimizer.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -238,6 +239,23 @@ def test_a_narrow_terminal_shows_steps_time_left_and_all_figures(width, monkeypa
     shown = capture.get()
     for part in ("333/600", "-:--:--", "52", "batch", "0.965/0.2", "1.1521", "33.33%"):
         assert part in shown
+
+
+def test_the_display_is_drawn_once_a_second_however_often_the_training_reports(monkeypatch):
+    terminal = Console(width=100, file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(acmds_optimizer.console, "console", lambda: terminal)
+    drawn = []
+    bar = cli._make_bar()
+    monkeypatch.setattr(type(bar.live), "refresh", lambda self: drawn.append(1))
+    display = cli._Display(quiet=True)
+    display._bar = bar
+    progress = Progress(1, 100, 1, 5.0, 8, 1.0, 0.5, 0.1, None, None, 0, 1.0)
+    with display:
+        begun = len(drawn)
+        for _ in range(1000):
+            display.update(progress)
+        assert len(drawn) - begun <= 1
+    assert bar.live.refresh_per_second == 1
 
 
 def test_runs_that_are_started_at_once_have_folders_of_their_own(monkeypatch):
