@@ -195,7 +195,7 @@ def fit(runs: Mapping[int, Sequence[Mapping[str, float]]]) -> Plant:
     spread = [row["peak_allocated_gb"] for size in sizes for row in steady[size]]
     means = {size: statistics.fmean(row["peak_allocated_gb"] for row in steady[size]) for size in sizes}
     relative = [row["peak_allocated_gb"] / max(1e-9, means[size]) for size in sizes for row in steady[size]]
-    jitter = statistics.median(statistics.pstdev(each) / max(1e-9, statistics.median(each)) for each in times.values())
+    jitter = statistics.median(_spread(each) for each in times.values())
     slope = (peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0]) if len(sizes) > 1 else 0.0
     return Plant(
         sizes=sizes,
@@ -220,6 +220,15 @@ def _step_seconds(runs: Iterable[Sequence[Mapping[str, float]]]) -> float:
             )
             return max(0.0, short - few * (long - short) / (many - few))
     return 0.0
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """Standard deviation relative to the median, of which a few outliers (a capture, the end of an epoch) are no part.
+
+    A normal distribution's is 1.4826 times the median absolute deviation.
+    """
+    middle = statistics.median(seconds)
+    return 1.4826 * statistics.median(abs(each - middle) for each in seconds) / max(1e-9, middle)
 
 
 def sizes_to_measure(low: int, high: int) -> list[int]:
@@ -253,6 +262,8 @@ def measure(settings: Mapping[str, Any], directory: Path, report: Report, should
             torch.cuda.synchronize()
         return should_stop()
 
+    # "auto" looks at some steps before it decides, in which a short run would be over
+    graphs = config.enable_cuda_graphs == "auto" and torch.cuda.is_available()
     low, high = config.min_batch_size, config.max_batch_size
     runs: dict[int, list[dict[str, float]]] = {}
     figures: dict[str, Any] = {}
@@ -260,6 +271,7 @@ def measure(settings: Mapping[str, Any], directory: Path, report: Report, should
         held = {
             **settings, "min_batch_size": size, "max_batch_size": size, "max_steps": WARM_STEPS + TIMED_STEPS,
             "effective_batch_size": size * count, "batch_policy": "hold",
+            "enable_cuda_graphs": graphs or config.enable_cuda_graphs,
         }  # fmt: skip
         folder = directory / f"batch_{size}x{count}"
         found = until_error(held, folder, report, step_is_over)

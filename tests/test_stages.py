@@ -666,6 +666,12 @@ def test_the_time_of_the_optimizers_step_is_told_from_that_of_the_micro_batches(
     assert plant.seconds == pytest.approx((0.010, 0.020))
 
 
+def test_the_noise_of_the_plants_times_is_not_that_of_a_capture_or_of_the_end_of_an_epoch() -> None:
+    steady = [{**row, "seconds": 0.04 + 0.0004 * (number % 3 - 1)} for number, row in enumerate(rows_of(16, 4.0, 0.0))]
+    odd = [{**rows_of(16, 4.0, 0.5)[0]}, {**rows_of(16, 4.0, 0.003)[0]}]
+    assert 0.0 < fit({16: [*steady, *odd]}).time_noise < 0.02
+
+
 def test_short_runs_have_steps_of_whole_micro_batches_and_the_smallest_one_alone() -> None:
     assert runs_to_measure(4, 128, 128) == [(4, 1), (4, 4), (13, 4), (40, 3), (128, 1)]
     assert runs_to_measure(64, 64, 64) == [(64, 1)]
