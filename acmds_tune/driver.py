@@ -17,7 +17,7 @@ from acmds_tune.child import Task, request_stop
 from acmds_tune.objective import Ended
 from acmds_tune.report import write_data
 from acmds_tune.space import Space
-from acmds_tune.stages import Extra, Sample, Wait, planned_after
+from acmds_tune.stages import LATER, Extra, Sample, Wait, planned_after
 
 if TYPE_CHECKING:
     from acmds_tune.progress import Display
@@ -79,6 +79,7 @@ class Driver:
         self._unwritten = False
         """A trial has ended that is not in the tables yet."""
         self._write_next = 0.0
+        self._later = planned_after(space)  # trials of the later stages that are still to come
         self._failures: list[str] | None = []  # reasons of the failed trials while no other has ended
         minutes = space.budget.minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
@@ -99,7 +100,7 @@ class Driver:
             return True
         now = time.monotonic()
         one_more = self._expected_s("screen" if self.space.screen.trials else "search")
-        after = (one_more + planned_after(self.space) * self._expected_s("train")) / self.sharers
+        after = (one_more + max(0, self._later) * self._expected_s("train")) / self.sharers
         if not self.study.enough and now + after > self._deadline and now > self._half_time:
             self.study.enough = True  # what comes after the search still has its time, but at most half of it all
         step = self.study.next_step()
@@ -129,6 +130,7 @@ class Driver:
             return None
         proposal = self.study.propose()
         self._running[proposal.number] = _Running(time.monotonic(), proposal.stage)
+        self._later -= proposal.stage in LATER
         what = proposal.label if proposal.stage == "search" else f"{proposal.stage} {proposal.label}".strip()
         most = proposal.settings.get("max_seconds")
         self._display.started(proposal.number, proposal.values, what, max_seconds=most)

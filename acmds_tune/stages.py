@@ -17,6 +17,9 @@ from acmds_tune.space import Space, derived_seed
 SAMPLED = ("screen", "search")
 """Stages whose settings the sampler proposes."""
 
+LATER = ("train", "baseline", "confirm")
+"""Those that come after them, though baselines also run beside them where trials run side by side."""
+
 PLANT = "short runs"
 HALVING = "halving"
 MOST_FIXED = 6
@@ -87,6 +90,11 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
     # as they were tried: without what has its condition not met, and with what has no default of its own
     tried = next((row for row in sampled if row.label == DEFAULT and row.config), None)
     default = default if tried is None else searched(space, tried)
+    if sampled and not _running(rows, "baseline") and any(row.status == "running" for row in rows):
+        # beside other trials, which they need not wait for; each fixed batch does wait for the one before it
+        baseline = _baselines(space, study, rows, default)
+        if isinstance(baseline, Extra):
+            return baseline
     if space.prescreen.keep and sampled and _running(rows, "plant"):
         return Wait()  # what comes after the defaults are the plant's best
     if space.anchor_every and sampled:

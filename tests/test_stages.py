@@ -425,6 +425,27 @@ def test_a_later_stage_waits_for_trials_that_still_run(space: Callable[[str], Sp
     assert next_step(asked, StudyRecord("s", goals, (), tuple(config), [one, running]), config) == Wait()
 
 
+def test_baselines_run_beside_the_search_one_at_a_time_where_trials_run_side_by_side(
+    space: Callable[[str], Space],
+) -> None:
+    asked = space(TEXT + "baselines: [default, fixed batch]\nconfirm: {top: 1, seeds: 1}\n")
+    goals = (Objective("samples_per_second", "maximize"),)
+    config = {"lr": 0.01, "max_batch_size": 64}
+
+    def after(*rows: TrialRecord) -> Any:
+        return next_step(asked, StudyRecord("s", goals, (), tuple(config), list(rows)), config)
+
+    first = TrialRecord(0, "ok", "", label="default", config=config, values=(1.0,), seed=1)
+    running = TrialRecord(1, "running", "", config=config, seed=2)
+    assert after(first) == Sample("search")  # one trial at a time: the search comes first
+    largest = after(first, running)
+    assert (largest.stage, largest.more["max_batch_size"]) == ("baseline", 256)
+    fixed = TrialRecord(2, "running", "", stage="baseline", label=largest.label, config=config, seed=1)
+    assert after(first, running, fixed) == Sample("search")  # whether the next one is needed, this one tells
+    half = after(first, running, replace(fixed, status="ok", values=(2.0,)))
+    assert (half.stage, half.more["max_batch_size"]) == ("baseline", 128)
+
+
 def test_a_resumed_study_goes_on_in_the_stage_where_it_was(tmp_path: Path, space: Callable[[str], Space]) -> None:
     text = TEXT.replace("trials: 4", "trials: 2") + "baselines: [fixed batch]\nconfirm: {top: 1, seeds: 2}\n"
     study = SearchStudy.create(tmp_path / "s", space(text), text, {})
