@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -206,6 +207,12 @@ def eats_host_memory(
     held = bytearray(os.urandom(1024)) * 200 * 1024
     assert len(held) == 200 * 2**20
     return goes_on(settings, directory, report, should_stop)
+
+
+def counts_frozen_objects(
+    settings: Mapping[str, Any], directory: Path, report: Callable, should_stop: Callable
+) -> dict[str, Any]:
+    return figures() | {"steps": gc.get_freeze_count()}
 
 
 def says_where_it_is(

@@ -432,6 +432,10 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, list[Neigh
 BESIDE = {"settings": {"device": "cuda", "memory_limit_gb": 1.0}, "neighbour": [(0.0, 1.0)]}
 
 
+def test_a_trial_looks_for_garbage_only_in_what_it_makes_itself(start: Callable[..., TrialProcess]) -> None:
+    assert end_of(start("counts_frozen_objects")).figures["steps"] > 10_000
+
+
 def test_one_neighbour_serves_trial_after_trial_also_where_one_is_killed(
     start: Callable[..., TrialProcess], neighbours: dict[Any, list[Neighbour]]
 ) -> None:

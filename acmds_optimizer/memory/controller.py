@@ -256,7 +256,8 @@ class MemoryPressureController:
     def emergency_gc(self) -> bool:
         """Collect garbage and release cached blocks if less than `gc_threshold_gb` (at most the headroom) is free.
 
-        `observe` does it by itself after every step. It costs up to a tenth of a second, so while it is needed again
+        `observe` does it by itself after every step. It costs up to 0.3 s, where `gc.freeze()` was not called once
+        PyTorch was imported (as `acmds-train` and every trial do), so while it is needed again
         and again it is repeated after 1, 2, 4 and so on steps, up to 512.
 
         Returns:
