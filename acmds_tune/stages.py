@@ -106,6 +106,8 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
         return Sample(stage)
     for part in (_train, _baselines, _confirm):
         later = part(space, study, rows, default)
+        if isinstance(later, Wait):  # while other places are busy, this one can have what is sure to come
+            return _confirm(space, study, rows, default) or later
         if later is not None:
             return later
     return None
@@ -138,17 +140,19 @@ def _train(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defaul
     """The best of the screened trials, and the default, with the whole budget."""
     if not space.screen.trials:
         return Wait() if _running(rows, "search") and (space.baselines or space.confirm.top) else None
-    if _running(rows, "screen"):
-        return Wait()
     screened = [row for row in rows if row.stage == "screen"]
-    order = ranked(replace(study, trials=screened), stages=("screen",), most=space.trials)
-    first = _first(screened)
-    chosen = [first, *(row for row in order if row is not first)][: space.trials]
+    first, screening = _first(screened), _running(rows, "screen")
+    if screening:  # the defaults will have the whole budget, whatever comes of the others
+        chosen = [first] if first.label == DEFAULT and first.status != "running" else []
+    else:
+        order = ranked(replace(study, trials=screened), stages=("screen",), most=space.trials)
+        chosen = [first, *(row for row in order if row is not first)][: space.trials]
     for row in chosen:
         label = DEFAULT if row.label == DEFAULT else f"trial {row.number}"
         if not _started(rows, "train", label) and not _tried_enough(study, "train", label, row.seed):
             return Extra("train", label, searched(space, row), seed=row.seed)
-    return Wait() if _running(rows, "train") and (space.baselines or space.confirm.top) else None
+    undecided = _running(rows, "train") and (space.baselines or space.confirm.top)
+    return Wait() if screening or undecided else None
 
 
 def _baselines(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], default: Mapping[str, Any]) -> Step:
@@ -254,16 +258,22 @@ def best_fixed(study: StudyRecord) -> TrialRecord | None:
 
 
 def _confirm(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], default: Mapping[str, Any]) -> Step:
-    """The best trials and what they are compared with, each on the same seeds."""
-    if not space.confirm.top:
+    """The best trials and what they are compared with, each on the same seeds.
+
+    While others run, only those of them that are known already, whatever comes of what runs.
+    """
+    if not space.confirm.top or _running(rows, "screen"):
         return None
     chosen = ranked(study, most=space.confirm.top)
-    candidates: list[tuple[str, dict[str, Any], dict[str, Any]]]
-    candidates = [(f"trial {row.number}", searched(space, row), {}) for row in chosen]
-    if DEFAULT in space.baselines and not any(row.label == DEFAULT for row in chosen):
+    candidates: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    better = len(chosen) == space.confirm.top and len(study.objectives) == 1  # than the defaults, for good
+    undecided = _running(rows, "search") or _running(rows, "train")
+    if not undecided:
+        candidates = [(f"trial {row.number}", searched(space, row), {}) for row in chosen]
+    if DEFAULT in space.baselines and not any(row.label == DEFAULT for row in chosen) and (better or not undecided):
         candidates.append((DEFAULT, dict(default), {}))
     fixed = best_fixed(study)
-    if FIXED in space.baselines and fixed is not None:
+    if FIXED in space.baselines and fixed is not None and not _running(rows, "baseline"):
         held = {name: fixed.config[name] for name in ("min_batch_size", "max_batch_size", "effective_batch_size")}
         candidates.append((fixed.label, dict(default), held))
     for position in range(space.confirm.seeds):  # seed by seed, so that drift strikes all candidates alike

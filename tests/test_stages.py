@@ -446,6 +446,53 @@ def test_baselines_run_beside_the_search_one_at_a_time_where_trials_run_side_by_
     assert (half.stage, half.more["max_batch_size"]) == ("baseline", 128)
 
 
+def test_while_the_last_trials_run_what_is_sure_to_come_is_run_beside_them(space: Callable[[str], Space]) -> None:
+    text = TEXT.replace("trials: 4", "trials: 3") + "baselines: [default, fixed batch]\nconfirm: {top: 1, seeds: 1}\n"
+    goals = (Objective("samples_per_second", "maximize"),)
+    config = {"lr": 0.01, "max_batch_size": 256, "min_batch_size": 256, "effective_batch_size": None}
+    default = TrialRecord(0, "ok", "", label="default", config=config, values=(1.0,), seed=1)
+    better = TrialRecord(1, "ok", "", config=config, values=(2.0,), seed=2)
+    running = TrialRecord(2, "running", "", config=config, seed=3)
+    fixed = [
+        TrialRecord(3 + place, "ok", "", stage="baseline", label=f"fixed batch {256 >> place}", config=config,
+                    values=(1.5 - place,), seed=1)
+        for place in range(2)
+    ]  # fmt: skip
+
+    def after(*more: TrialRecord, goals: tuple[Objective, ...] = goals) -> Any:
+        rows = [default, better, running, *fixed, *more]
+        return next_step(space(text), StudyRecord("s", goals, (), tuple(config), rows), config)
+
+    def again(row: TrialRecord, step: Any) -> TrialRecord:
+        return replace(row, number=9, stage="confirm", label=step.label, seed=step.seed, values=(1.0,))
+
+    first = after()
+    assert (first.stage, first.label) == ("confirm", "default")  # the best is better than it already
+    second = after(again(default, first))
+    assert (second.stage, second.label) == ("confirm", "fixed batch 256")
+    assert after(again(default, first), again(fixed[0], second)) == Wait()  # which trial is best, nobody knows yet
+    several = (*goals, Objective("val_loss", "minimize"))
+    default, better = replace(default, values=(1.0, 0.5)), replace(better, values=(2.0, 0.6))
+    fixed = [replace(row, values=(*row.values, 0.5)) for row in fixed]
+    assert after(goals=several).label == "fixed batch 256"  # the front may still move, and with it what is near it
+
+
+def test_the_defaults_are_trained_while_the_others_are_screened(space: Callable[[str], Space]) -> None:
+    asked = space(TEXT.replace("trials: 4", "trials: 2") + "screen: {trials: 2, share: 0.2}\n")
+    goals = (Objective("samples_per_second", "maximize"),)
+    config = {"lr": 0.01, "max_batch_size": 64}
+    default = TrialRecord(0, "ok", "", stage="screen", label="default", config=config, values=(1.0,), seed=1)
+    running = TrialRecord(1, "running", "", stage="screen", config=config, seed=2)
+
+    def after(*rows: TrialRecord) -> Any:
+        return next_step(asked, StudyRecord("s", goals, (), tuple(config), list(rows)), config)
+
+    assert after(replace(default, status="running"), running) == Wait()
+    step = after(default, running)
+    assert (step.stage, step.label) == ("train", "default")
+    assert after(default, running, replace(default, number=2, stage="train")) == Wait()
+
+
 def test_a_resumed_study_goes_on_in_the_stage_where_it_was(tmp_path: Path, space: Callable[[str], Space]) -> None:
     text = TEXT.replace("trials: 4", "trials: 2") + "baselines: [fixed batch]\nconfirm: {top: 1, seeds: 2}\n"
     study = SearchStudy.create(tmp_path / "s", space(text), text, {})
