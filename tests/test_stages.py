@@ -473,7 +473,7 @@ def test_while_the_last_trials_run_what_is_sure_to_come_is_run_beside_them(space
     assert after(again(default, first), again(fixed[0], second)) == Wait()  # which trial is best, nobody knows yet
     several = (*goals, Objective("val_loss", "minimize"))
     default, better = replace(default, values=(1.0, 0.5)), replace(better, values=(2.0, 0.6))
-    fixed = [replace(row, values=(*row.values, 0.5)) for row in fixed]
+    fixed = [replace(row, values=(1.5 - place, 0.5)) for place, row in enumerate(fixed)]
     assert after(goals=several).label == "fixed batch 256"  # the front may still move, and with it what is near it
 
 
