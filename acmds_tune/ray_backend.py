@@ -11,12 +11,15 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from acmds_tune import nvml
@@ -167,19 +170,21 @@ def quiet_ray(space: Space, address: str | None = None) -> Iterator[Path]:
             if ours and address is not None:
                 _check_answers(address)
                 try:
-                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+                    with _ctrl_c_afterwards():
+                        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 except (ConnectionError, ValueError, RuntimeError) as error:
                     raise _no_cluster(address, str(error)) from None
             elif ours:
-                ray.init(
-                    address="local",
-                    num_cpus=_cpus(space),
-                    object_store_memory=100 * 1024**2,  # nothing large travels through it
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(scratch),
-                )
+                with _ctrl_c_afterwards():
+                    ray.init(
+                        address="local",
+                        num_cpus=_cpus(space),
+                        object_store_memory=100 * 1024**2,  # nothing large travels through it
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        _temp_dir=str(scratch),
+                    )
             logging.getLogger("ray").setLevel(logging.CRITICAL)
             yield scratch
     except SystemExit:  # Ray's own answer to SIGTERM, from its start on
@@ -189,6 +194,31 @@ def quiet_ray(space: Space, address: str | None = None) -> Iterator[Path]:
             gc.collect()  # a Ray object that is collected after the shutdown ends the process
             ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ctrl_c_afterwards() -> Iterator[None]:
+    """Hold Ctrl-C back while Ray starts, a second or two: a start that is cut off can end the process by SIGSEGV.
+
+    The second one is not held back.
+    """
+    asked = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, hold) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _check_answers(address: str) -> None:

@@ -176,6 +176,23 @@ def test_sigterm_while_ray_starts_is_like_ctrl_c() -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # Ray's own handler would end the process without a word
 
 
+def test_ctrl_c_while_ray_starts_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def init(**_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        started.append("whole")  # cut off here, the process could end by SIGSEGV
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), quiet_ray(Space()):
+        started.append("used")
+    assert started == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_search_whose_trials_all_fail_alike_is_ended_early_and_says_why(
     search: Callable[..., SearchResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
