@@ -28,8 +28,8 @@ MOST_FIXED = 6
 FULL = 0.8
 """A mean micro-batch of this share of a size may be of a run at that size: the last step of an epoch has fewer."""
 
-MOST_TRIES = 2
-"""Times that a trial of the later stages is started anew after an interruption."""
+MOST_TRIES = 3
+"""Times that a trial of the later stages is started, where it is interrupted each time."""
 
 _CONFIRM_SEEDS = 1_000_000
 """Number of the first confirmation seed: beyond those of the trials."""
@@ -93,8 +93,8 @@ def next_step(space: Space, study: StudyRecord, default: Mapping[str, Any], enou
     if sampled and not _running(rows, "baseline") and any(row.status == "running" for row in rows):
         # beside other trials, which they need not wait for; each fixed batch does wait for the one before it
         baseline = _baselines(space, study, rows, default)
-        if isinstance(baseline, Extra):
-            return baseline
+        if isinstance(baseline, Extra) and not _tries(study, "baseline", baseline.label, None):
+            return baseline  # one that was interrupted waits for its turn: in a long search it would be given up sooner
     if space.prescreen.keep and sampled and _running(rows, "plant"):
         return Wait()  # what comes after the defaults are the plant's best
     if space.anchor_every and sampled:
@@ -310,5 +310,10 @@ def _started(rows: Sequence[TrialRecord], stage: str, label: str) -> bool:
 
 def _tried_enough(study: StudyRecord, stage: str, label: str, seed: int | None) -> bool:
     """It was interrupted before; perhaps it is what ends the search."""
+    return _tries(study, stage, label, seed) >= MOST_TRIES
+
+
+def _tries(study: StudyRecord, stage: str, label: str, seed: int | None) -> int:
+    """How often it was interrupted."""
     same = [row for row in study.trials if row.interrupted and row.stage == stage and row.label == label]
-    return sum(seed is None or row.seed == seed for row in same) >= MOST_TRIES
+    return sum(seed is None or row.seed == seed for row in same)

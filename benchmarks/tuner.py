@@ -1,7 +1,7 @@
 """What a search costs beside the training, and what survives a kill. CSV on stdout, progress on stderr.
 
     python -m benchmarks.tuner overhead [TRIALS] [DEVICE]   # 1 to 2 minutes: seconds lost a trial beyond training
-    python -m benchmarks.tuner kill [KILLS]                 # CPU, minutes: kill -9 at random moments, and resume
+    python -m benchmarks.tuner kill [KILLS] [AT_ONCE]       # CPU, minutes: kill -9 at random moments, and resume
     python -m benchmarks.tuner study FILE.yaml [SECONDS]    # a search, and what it found beside its baselines
     python -m benchmarks.tuner pair [TRIALS] [DEVICE]       # two GPUs (or `cpu`): trials an hour, one and two at once
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import inspect
-import os
 import random
 import signal
 import statistics
@@ -99,13 +98,14 @@ def overhead(folder: Path, backend: list[str], trials: int = 30, device: str = "
     table.writerow(("lost_first_s", f"{lost[0]:.3f}", f"{lost[0]:.3f}", 1))
 
 
-def kill(folder: Path, backend: list[str], kills: int = 20) -> None:
+def kill(folder: Path, backend: list[str], kills: int = 20, at_once: int = 1) -> None:
     """Kill the search at random moments; every resume must go on, and the last one end with every trial, once.
 
     A search of 20 trials has an anchor after each nine, a baseline and a confirmation, and is killed in these as well.
     """
     rng, trials = random.Random(0), 20
-    (folder / "kill.yaml").write_text(QUICK.format(trials=trials) + LATER_STAGES, encoding="utf-8")
+    text = f"{QUICK.format(trials=trials)}{LATER_STAGES}resources: {{concurrent_trials: {at_once}}}\n"
+    (folder / "kill.yaml").write_text(text, encoding="utf-8")
     study = folder / "kill"
     command = tune("search", str(folder / "kill.yaml"), "--results-dir", str(folder), "--resume", *backend)
     table = csv.writer(sys.stdout)
@@ -119,7 +119,7 @@ def kill(folder: Path, backend: list[str], kills: int = 20) -> None:
             time.sleep(0.02)
         delay = rng.uniform(0.0, 1.5)
         time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         rows = load_study(study).trials if (study / "journal.log").is_file() else ()
         finished = {row.number: row.status for row in rows if row.status != "running" and not row.interrupted}
@@ -127,9 +127,9 @@ def kill(folder: Path, backend: list[str], kills: int = 20) -> None:
         table.writerow((number, more, f"{delay:.2f}", len(rows), len(finished), len(lost)))
         say(f"kill {number}: {len(finished)} finished, {len(lost)} lost")
         finished_before = finished
-        if sum(row.stage == "confirm" for row in rows) > 6:  # a new one, so that each kill strikes a search that runs
+        if sum(row.stage == "confirm" for row in rows) > 4:  # a new one, so that each kill strikes a search that runs
+            finish(table, command, study, trials)
             study.rename(folder / f"kill_{number}")
-            finish(table, command, folder / f"kill_{number}", trials)
             finished_before = {}
     if study.exists():
         finish(table, command, study, trials)
@@ -147,8 +147,11 @@ def finish(table: Any, command: list[str], study: Path, trials: int) -> None:
     stages = Counter(row.stage for row in counted)
     say(f"resumed to the end: {dict(stages)}, {repeated} repeated")
     table.writerow(("end", "", "", len(load_study(study).trials), len(counted), repeated))
-    # two of the best, the defaults and the best fixed batch on two seeds; an anchor after each nine trials
-    wanted = {"search": trials, "anchor": (trials - 1) // 9, "confirm": 8}
+    # two of the best, the defaults (if they are not among these) and the best fixed batch on two seeds; an anchor after
+    # each nine trials
+    first = next(f"trial {row.number}" for row in searched if row.label == "default")
+    among = any(row.stage == "confirm" and row.label == first for row in counted)
+    wanted = {"search": trials, "anchor": (trials - 1) // 9, "confirm": 6 if among else 8}
     if repeated or any(stages[name] != count for name, count in wanted.items()):
         raise SystemExit(f"a trial was lost or repeated: {dict(stages)}")
 

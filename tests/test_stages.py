@@ -53,7 +53,7 @@ from acmds_tune.requires import draw, nearest_allowed, parse_requirement
 from acmds_tune.samplers import contains
 from acmds_tune.space import Space
 from acmds_tune.space_load import load
-from acmds_tune.stages import Sample, Wait, best_fixed, default_values, next_fixed_batch, next_step, planned
+from acmds_tune.stages import MOST_TRIES, Sample, Wait, best_fixed, default_values, next_fixed_batch, next_step, planned
 from acmds_tune.study import Proposal, SearchStudy
 from acmds_tune.warm_start import best_settings, usable_trials
 from tests.fake_objectives import figures
@@ -166,7 +166,7 @@ def test_the_best_short_trial_stays_the_best_until_one_has_ended_that_had_the_wh
     assert (proposal.stage, trained.number) == ("train", proposal.number)
 
 
-def test_an_anchor_that_was_interrupted_twice_is_passed_over_and_the_later_ones_are_run(
+def test_an_anchor_that_is_interrupted_each_time_is_passed_over_and_the_later_ones_are_run(
     space: Callable[[str], Space], tmp_path: Path
 ) -> None:
     text = TEXT.replace("trials: 4", "trials: 7") + "anchor_every: 2\n"
@@ -175,10 +175,19 @@ def test_an_anchor_that_was_interrupted_twice_is_passed_over_and_the_later_ones_
     while study.missing:
         proposal = study.propose()
         stages.append(proposal.stage)
-        interrupted = stages.count("anchor") <= 2 and proposal.stage == "anchor"
+        interrupted = stages.count("anchor") <= MOST_TRIES and proposal.stage == "anchor"
         ended = Ended("stopped", "the search was interrupted") if interrupted else speed_of_lr(proposal)
         study.finish(proposal.number, ended, interrupted=interrupted)
-    assert stages == [*["search"] * 3, "anchor", "anchor", "search", "search", "anchor", "search", "search", "anchor"]
+    assert stages == [
+        *["search"] * 3,
+        *["anchor"] * MOST_TRIES,
+        "search",
+        "search",
+        "anchor",
+        "search",
+        "search",
+        "anchor",
+    ]
 
 
 def test_the_best_is_a_trial_with_the_whole_budget_never_a_short_one(run: Callable[..., Any]) -> None:
@@ -444,6 +453,8 @@ def test_baselines_run_beside_the_search_one_at_a_time_where_trials_run_side_by_
     assert after(first, running, fixed) == Sample("search")  # whether the next one is needed, this one tells
     half = after(first, running, replace(fixed, status="ok", values=(2.0,)))
     assert (half.stage, half.more["max_batch_size"]) == ("baseline", 128)
+    cut_off = replace(fixed, status="crashed", interrupted=True)
+    assert after(first, running, cut_off) == Sample("search")  # it is tried again when the search is over
 
 
 def test_while_the_last_trials_run_what_is_sure_to_come_is_run_beside_them(space: Callable[[str], Space]) -> None:
