@@ -256,9 +256,9 @@ class MemoryPressureController:
     def emergency_gc(self) -> bool:
         """Collect garbage and release cached blocks if less than `gc_threshold_gb` (at most the headroom) is free.
 
-        `observe` does it by itself after every step. It costs up to 0.3 s, where `gc.freeze()` was not called once
-        PyTorch was imported (as `acmds-train` and every trial do), so while it is needed again
-        and again it is repeated after 1, 2, 4 and so on steps, up to 512.
+        `observe` does it by itself after every step. It costs up to 0.3 s, unless `gc.freeze()` was called once PyTorch
+        was imported, as `acmds-train` and every trial do. So while it is needed again and again it is repeated after 1,
+        2, 4 and so on steps, up to 512.
 
         Returns:
             Whether it was done.
