@@ -266,7 +266,9 @@ def _confirm(space: Space, study: StudyRecord, rows: Sequence[TrialRecord], defa
         return None
     chosen = ranked(study, most=space.confirm.top)
     candidates: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-    better = len(chosen) == space.confirm.top and len(study.objectives) == 1  # than the defaults, for good
+    stage = "train" if space.screen.trials else "search"
+    ended = any(row.stage == stage and row.label == DEFAULT and row.status != "running" for row in rows)
+    better = ended and len(chosen) == space.confirm.top and len(study.objectives) == 1  # than the defaults, for good
     undecided = _running(rows, "search") or _running(rows, "train")
     if not undecided:
         candidates = [(f"trial {row.number}", searched(space, row), {}) for row in chosen]
