@@ -99,6 +99,9 @@ class StudyRecord:
     sharers: int = 1
     """Trials that may be at once on one device, as asked for now."""
 
+    linear: frozenset[str] = frozenset()
+    """Settings that are drawn evenly from a range, so that their axis is linear."""
+
     @property
     def candidates(self) -> list[TrialRecord]:
         """The trials of the search itself; the screened ones as long as none was trained with the whole budget."""

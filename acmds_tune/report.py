@@ -163,6 +163,12 @@ def record(study: optuna.Study, study_dir: Path) -> StudyRecord:
         yaml=about.get("yaml", ""),
         confirm_seeds=about.get("space", {}).get("confirm", {}).get("seeds"),
         sharers=_sharers(about.get("space", {})),
+        linear=frozenset(
+            name
+            for trial in started
+            for name, given in trial.distributions.items()
+            if getattr(given, "log", True) is False  # choices have none
+        ),
     )
 
 

@@ -174,10 +174,15 @@ def throughput_against_oom(study: StudyRecord, marked: Marked) -> Figure | None:
 
 
 def pareto(study: StudyRecord, marked: Marked) -> Figure | None:
-    """The first two objectives, or throughput and validation loss; None where fewer than two trials have both."""
+    """The first two objectives, or throughput and validation loss, or throughput and memory.
+
+    None where fewer than two trials have both.
+    """
     pair = list(study.objectives[:2])
     if len(pair) < 2:
-        pair = [Objective("samples_per_second", "maximize"), Objective("val_loss", "minimize")]
+        learned = any(trial.figures.get("val_loss") is not None for trial in study.feasible)
+        price = "val_loss" if learned else "peak_reserved_gb"
+        pair = [Objective("samples_per_second", "maximize"), Objective(price, "minimize")]
     points = measured(study, pair[0].name, pair[1].name)
     if len(points) < 2:
         return None
@@ -285,9 +290,9 @@ def slices(study: StudyRecord, shares: Mapping[str, float]) -> tuple[Figure | No
         top = 1 - down * height
         values: list[Any] = [row.config.get(name) for row in rows]
         plain = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        positive = plain and min(values) > 0 and max(values) / min(values) >= 50
+        decades = plain and name not in study.linear and min(values) > 0 and max(values) / min(values) >= 50
         few = {"nticks": 4, "tickangle": 0}  # numbers that lie flat do not run into the name below them
-        kind = log_axis(min(values), max(values)) if positive else few if plain else {"type": "category"}
+        kind = log_axis(min(values), max(values)) if decades else few if plain else {"type": "category"}
         domains = {"domain": [left + 0.03 * bool(across), left + 1 / columns - 0.03]}
         axes[f"xaxis{number_}"] = axis(name, anchor=f"y{number_}", **domains, **kind)
         axes[f"yaxis{number_}"] = axis(

@@ -540,6 +540,23 @@ def test_slices_over_decades_have_a_logarithmic_axis_with_marks_that_can_be_read
     assert go.Figure(figure).data
 
 
+def test_a_setting_drawn_evenly_has_a_linear_slice_however_far_it_spreads(study: Study) -> None:
+    for power in range(3):
+        study.add(100.0 + power, searched={"pid_kp": 10.0 ** (power - 2)})
+    figure, _ = report_figures.slices(replace(report.load_study(study.folder), searched=["pid_kp"]), {})
+    assert figure is not None
+    assert "type" not in figure["layout"]["xaxis"]
+
+
+def test_speed_without_a_validation_loss_is_drawn_against_memory(study: Study) -> None:
+    for speed, memory in ((90.0, 6.0), (100.0, 8.0), (110.0, 9.0), (100.0, 9.5)):
+        study.add(speed, val_loss=None, peak_reserved_gb=memory)
+    front = report_figures.pareto(report.load_study(study.folder), {})
+    assert front is not None
+    assert (front["data"][0]["x"], front["data"][0]["y"]) == ([90.0, 100.0, 110.0], [6.0, 8.0, 9.0])
+    assert "GB" in front["layout"]["yaxis"]["title"]["text"]
+
+
 def baseline_study(study: Study, confirmed: bool) -> StudyRecord:
     """A trial of the search, fixed batches of which the second is the best, halving, and perhaps confirmations."""
     rows = [
