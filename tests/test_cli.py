@@ -229,6 +229,22 @@ def test_a_run_prints_its_figures_on_stdout_and_says_where_it_is(capsys, tmp_pat
     gc.unfreeze()
 
 
+@pytest.mark.parametrize(
+    ("ceiling", "step", "limit", "said"),
+    [(64, 256, 1.0, True), (64, 64, 1.0, False), (256, 256, 1.0, False), (64, 256, 0.008, False)],
+)
+def test_a_ceiling_below_what_the_memory_and_the_optimizers_batch_allow_is_told_once(
+    ceiling, step, limit, said, capsys, tmp_path
+):
+    sizes = ["--max-batch-size", str(ceiling), "--effective-batch-size", str(step), "--memory-limit-gb", str(limit)]
+    sizes += ["--target-headroom-gb", "0.002"]
+    assert cli.main([*CPU, *sizes, "--epochs", "2", "--output-dir", str(tmp_path)]) == 0
+    gc.unfreeze()
+    words = capsys.readouterr().err
+    advice = "stand at max_batch_size 64, and 128 would keep the headroom as well: a higher one, up to 256, leaves"
+    assert words.count(advice) == words.count("would keep the headroom as well") == int(said)
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_a_narrow_terminal_shows_steps_time_left_and_all_figures(width, monkeypatch):
     terminal = Console(width=width, file=io.StringIO(), force_terminal=True)

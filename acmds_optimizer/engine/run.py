@@ -175,7 +175,7 @@ def _train(
     trainer: ACMDSTrainer, config: TrainConfig, output_dir: Path | None, data: dict[str, Any], *, keeps: bool
 ) -> None:
     """Train; `output_dir` is where this process writes what is written once, `keeps` whether there are checkpoints."""
-    saved_epoch = trainer.epoch
+    first_epoch = saved_epoch = trainer.epoch
     files = checkpoint.CheckpointFolder(output_dir, config.keep_checkpoints) if keeps and output_dir else None
     epochs = EpochLog(output_dir, trainer.step - trainer.unvalidated)  # without the row of what is validated again
 
@@ -202,6 +202,8 @@ def _train(
         trainer.recorder.scalars(trainer.step - 1, figures)
         epoch = f"epoch {trainer.epoch_number}" + ("" if validated else ", stopped before its validation")
         logger.info("%s: %s", epoch, describe_epoch(figures, is_best=is_best))
+        if trainer.epoch == first_epoch + 1 and (advice := spare_room(trainer)):
+            logger.info("%s", advice)
         due = 0 < config.checkpoint_every <= trainer.epoch - saved_epoch
         if due or is_best or trainer.finished or trainer.stopping:
             save(best=is_best)
@@ -229,6 +231,19 @@ def _train(
     if output_dir is not None and gate is not None and gate.flagged.any():
         write_flagged(output_dir, trainer.dataset.base_dataset, gate, data["class_names"])
         logger.info("%d samples are flagged as mislabelled: see %s", gate.flagged.sum(), output_dir / TABLE)
+
+
+def spare_room(trainer: ACMDSTrainer) -> str | None:
+    """What to raise where only `max_batch_size` kept micro-batches from growing within the optimizer's batch."""
+    controller, ceiling = trainer.controller, trainer.config.max_batch_size
+    step = (trainer.config.effective_batch_size or 0) // trainer.ranks.world_size
+    twice = min(2 * ceiling, step)
+    if twice <= ceiling or controller.batch_size < ceiling or not controller.keeps_headroom(twice):
+        return None
+    return (
+        f"micro-batches stand at max_batch_size {ceiling}, and {twice} would keep the headroom as well: a higher one, "
+        f"up to {step}, leaves the optimizer's batch as it is and may be faster"
+    )
 
 
 def describe_epoch(figures: Mapping[str, float], *, is_best: bool) -> str:
