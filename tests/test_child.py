@@ -323,7 +323,9 @@ def test_a_trial_that_the_search_gave_up_before_it_began_says_nothing(tmp_path: 
         "import os, signal\nos.kill(os.getppid(), signal.SIGINT)\n", encoding="utf-8"
     )
     code = (
+        "import signal\n"
         "from acmds_tune import child\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "child._preloaded = lambda task: ['interrupts_its_parent']\n"
         f"task = child.Task(0, 0, {{}}, {str(tmp_path / '0')!r}, 'tests.fake_objectives:hangs')\n"
         "try:\n"

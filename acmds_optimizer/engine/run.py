@@ -238,11 +238,12 @@ def spare_room(trainer: ACMDSTrainer) -> str | None:
     controller, ceiling = trainer.controller, trainer.config.max_batch_size
     step = (trainer.config.effective_batch_size or 0) // trainer.ranks.world_size
     twice = min(2 * ceiling, step)
-    if twice <= ceiling or controller.batch_size < ceiling or not controller.keeps_headroom(twice):
+    held_back = trainer.config.batch_policy == "hold" and controller.batch_size == controller.limits.buckets[-1]
+    if not held_back or twice <= ceiling or not controller.keeps_headroom(twice):
         return None
     return (
-        f"micro-batches stand at max_batch_size {ceiling}, and {twice} would keep the headroom as well: a higher one, "
-        f"up to {step}, leaves the optimizer's batch as it is and may be faster"
+        f"max_batch_size {ceiling} keeps micro-batches from growing, though {twice} would keep the headroom as well: a "
+        f"higher one, up to {step}, leaves the optimizer's batch as it is and may be faster"
     )
 
 
