@@ -180,7 +180,7 @@ def pareto(study: StudyRecord, marked: Marked) -> Figure | None:
     """
     pair = list(study.objectives[:2])
     if len(pair) < 2:
-        learned = any(trial.figures.get("val_loss") is not None for trial in study.feasible)
+        learned = any(trial.figures.get("val_loss") is not None for trial in study.trials)
         price = "val_loss" if learned else "peak_reserved_gb"
         pair = [Objective("samples_per_second", "maximize"), Objective(price, "minimize")]
     points = measured(study, pair[0].name, pair[1].name)

@@ -548,6 +548,14 @@ def test_a_setting_drawn_evenly_has_a_linear_slice_however_far_it_spreads(study:
     assert "type" not in figure["layout"]["xaxis"]
 
 
+def test_speed_is_drawn_against_the_validation_loss_even_where_no_trial_is_feasible(study: Study) -> None:
+    for speed in (90.0, 100.0):
+        study.add(speed, oom_events=1, val_loss=0.5, peak_reserved_gb=6.0)
+    figure = report_figures.pareto(report.load_study(study.folder), {})
+    assert figure is not None
+    assert figure["data"][0]["y"] == [0.5, 0.5]
+
+
 def test_speed_without_a_validation_loss_is_drawn_against_memory(study: Study) -> None:
     for speed, memory in ((90.0, 6.0), (100.0, 8.0), (110.0, 9.0), (100.0, 9.5)):
         study.add(speed, val_loss=None, peak_reserved_gb=memory)
