@@ -230,14 +230,19 @@ def test_a_run_prints_its_figures_on_stdout_and_says_where_it_is(capsys, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("ceiling", "step", "limit", "said"),
-    [(100, 256, 1.0, True), (100, 100, 1.0, False), (64, 256, 0.008, False)],
+    ("ceiling", "step", "limit", "policy", "said"),
+    [
+        (100, 256, 1.0, "hold", True),
+        (100, 256, 1.0, "free", False),
+        (100, 100, 1.0, "hold", False),
+        (64, 256, 0.008, "hold", False),
+    ],
 )
 def test_a_ceiling_below_what_the_memory_and_the_optimizers_batch_allow_is_told_once(
-    ceiling, step, limit, said, capsys, tmp_path
+    ceiling, step, limit, policy, said, capsys, tmp_path
 ):
     sizes = ["--max-batch-size", str(ceiling), "--effective-batch-size", str(step), "--memory-limit-gb", str(limit)]
-    sizes += ["--target-headroom-gb", "0.002"]
+    sizes += ["--target-headroom-gb", "0.002", "--batch-policy", policy]
     assert cli.main([*CPU, *sizes, "--epochs", "2", "--output-dir", str(tmp_path)]) == 0
     gc.unfreeze()
     words = capsys.readouterr().err

@@ -236,7 +236,7 @@ def _train(
 def spare_room(trainer: ACMDSTrainer) -> str | None:
     """What to raise where only `max_batch_size` kept micro-batches from growing within the optimizer's batch."""
     controller, ceiling = trainer.controller, trainer.config.max_batch_size
-    step = (trainer.config.effective_batch_size or 0) // trainer.ranks.world_size
+    step = trainer.config.step_samples // trainer.ranks.world_size
     twice = min(2 * ceiling, step)
     held_back = trainer.config.batch_policy == "hold" and controller.batch_size == controller.limits.buckets[-1]
     if not held_back or twice <= ceiling or not controller.keeps_headroom(twice):
